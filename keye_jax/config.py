@@ -1,0 +1,201 @@
+"""Schema of a run: frozen dataclasses, hashable, one field a decision.
+
+`configs/*.py` build these, hand them out as an ml_collections ConfigDict so that `--config.a.b=value` works, and a
+launcher freezes that dict again at once: `freeze` refuses an unknown key, a missing key and a value of the wrong type.
+A part that a model does not have is written as size 0 (`vision.layers == 0`), never as None: a ConfigDict cannot
+override None.
+"""
+import dataclasses
+import types
+import typing
+from typing import Any, Literal
+
+from ml_collections import config_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexerConfig:
+  """Lightning indexer of DeepSeek Sparse Attention (arXiv 2606.10651 §2; `sa_config` of the checkpoint)."""
+  heads: int = 0                  # 0: no indexer, attention is dense
+  head_dim: int = 64
+  topk: int = 2048                # keys each query attends to, shared by all attention heads
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+  """Decoder. The same code is a Qwen3-MoE, a dense Qwen3 (`experts=0`) or a Llama (`qk_norm=False` too)."""
+  layers: int = 2
+  embed: int = 64
+  heads: int = 4
+  kv_heads: int = 2
+  head_dim: int = 16
+  vocab: int = 256
+  ffn: int = 128                  # width of one expert, or of the dense MLP when experts == 0
+  experts: int = 0
+  experts_per_token: int = 0
+  qk_norm: bool = True            # RMSNorm over head_dim on q and k, before RoPE
+  tied_head: bool = False
+  rope_theta: float = 1e7
+  mrope_section: tuple[int, ...] = ()      # frequency pairs of (time, height, width); (): plain 1-D RoPE
+  mrope_interleaved: bool = False
+  norm_eps: float = 1e-6
+  max_position: int = 262144
+  dense_ffn: int = 0              # the checkpoint's unused `intermediate_size` key, kept for export only
+  indexer: IndexerConfig = IndexerConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+  """Native-resolution SigLIP encoder and 2x2 projector (`visual.*`, `mlp_AR.*` of the checkpoint)."""
+  layers: int = 0                 # 0: text only
+  embed: int = 1152
+  heads: int = 16
+  ffn: int = 4304
+  patch: int = 14                 # pixels
+  image: int = 384                # pixels; (image // patch)**2 learned positions, interpolated to each grid
+  merge: int = 2                  # merge x merge patches become one language token
+  norm_eps: float = 1e-6
+  projector_eps: float = 1e-5
+  rope_theta: float = 1e4
+  packing_positions: int = 32768  # a table the checkpoint carries and the forward pass does not read
+  mean: float = 0.5               # pixel normalisation, (x / 255 - mean) / std, all channels
+  std: float = 0.5
+
+  @property
+  def patch_dim(self) -> int:
+    return 3 * self.patch * self.patch
+
+  @property
+  def grid(self) -> int:
+    return self.image // self.patch
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  text: TextConfig = TextConfig()
+  vision: VisionConfig = VisionConfig()
+  attention: Literal['dense', 'warmup', 'sparse'] = 'dense'   # warmup: dense attention, indexer learns beside it
+  dtype: Literal['float32', 'bfloat16'] = 'float32'           # of computation
+  param_dtype: Literal['float32', 'bfloat16'] = 'float32'
+  remat: Literal['none', 'block'] = 'none'
+  experts_transport: Literal['local', 'ring'] = 'local'
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  data: int = 1
+  context: int = 1
+  expert: int = 1
+  layout: Literal['train', 'train_long', 'decode'] = 'train'
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  name: Literal['adamw', 'muon'] = 'adamw'
+  learning_rate: float = 1e-4     # peak
+  final_fraction: float = 0.1     # of the peak, at the last step
+  schedule: Literal['cosine', 'linear', 'constant'] = 'cosine'
+  warmup_steps: int = 0
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1       # matrices only: no norm, bias or gate
+  clip_norm: float = 1.0
+  indexer_learning_rate: float = 1e-3   # its own group: the indexer learns from its KL alone
+  indexer_clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What is read and how it is packed into static shapes."""
+  path: str = ''                  # JSONL file, media paths relative to it
+  tokenizer: str = ''             # folder with tokenizer.json; '': the one beside `path`, else Keye's full vocabulary
+  tokens: int = 512               # T of a row
+  vision_rows: int = 0            # R: vision rows packed per token row
+  vision_patches: int = 0         # N: patches per vision row; a frame never crosses a row
+  fps: float = 2.0
+  min_frames: int = 2
+  frame_tokens_min: int = 64      # language tokens per video frame
+  frame_tokens_max: int = 256
+  video_tokens: int = 184320      # language tokens per video
+  image_tokens_min: int = 4
+  image_tokens_max: int = 20480
+  pack: bool = True               # several samples in a row, mutually invisible
+  grey: bool = False              # blind baseline: every frame is replaced by mid grey
+  max_seconds: float = 14400.0    # a longer medium is a counted skip
+  cache_mb: int = 0               # decoded media kept in memory, per process
+  workers: int = 0                # grain worker processes
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  steps: int = 100
+  batch: int = 8                  # rows per step, all hosts together
+  accumulate: int = 1             # micro-batches per step
+  seed: int = 0
+  freeze: tuple[str, ...] = ()    # parameter path prefixes, e.g. ('vision',)
+  balance_weight: float = 0.001   # router load balance
+  indexer_weight: float = 1.0     # only scales the indexer's own step
+  max_bad_steps: int = 10         # stop after so many non-finite steps in a row
+  log_every: int = 10
+  save_every: int = 1000
+  keep: int = 2                   # checkpoints kept
+  init: str = ''                  # Hugging Face folder or run folder to start from; '': random
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  model: ModelConfig = ModelConfig()
+  mesh: MeshConfig = MeshConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  data: DataConfig = DataConfig()
+  train: TrainConfig = TrainConfig()
+
+
+def to_dict(config) -> config_dict.ConfigDict:
+  """Dataclass -> ConfigDict, nested; the inverse of `freeze`."""
+  return config_dict.ConfigDict(dataclasses.asdict(config))
+
+
+def freeze(cls: type, values: Any, path: str = '') -> Any:
+  """Mapping -> frozen dataclass `cls`.
+
+  Raises ValueError naming the full key for an unknown key (with the nearest known one), a missing key, or a value of
+  the wrong type.
+  """
+  hints = typing.get_type_hints(cls)
+  where = path or 'config'
+  for key in values.keys():
+    if key not in hints:
+      import difflib
+      near = difflib.get_close_matches(key, hints, 1)
+      hint = f'; did you mean {near[0]!r}?' if near else f'; known keys: {", ".join(sorted(hints))}'
+      raise ValueError(f'{where}: unknown key {key!r}{hint}')
+  if missing := [k for k in hints if k not in values.keys()]:
+    raise ValueError(f'{where}: missing keys {missing}')
+  return cls(**{k: _value(t, values[k], f'{path}.{k}' if path else k) for k, t in hints.items()})
+
+
+def _value(hint, value, path):
+  if dataclasses.is_dataclass(hint):
+    if isinstance(value, hint):
+      return value
+    if not hasattr(value, 'keys'):
+      raise ValueError(f'{path}: expected a group of keys, got {value!r}')
+    return freeze(hint, value, path)
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if origin is Literal:
+    if value not in args:
+      raise ValueError(f'{path}: {value!r} is not one of {", ".join(map(repr, args))}')
+    return value
+  if origin is tuple:
+    if not isinstance(value, (tuple, list)):
+      raise ValueError(f'{path}: expected a tuple, got {value!r}')
+    return tuple(_value(args[0], v, f'{path}[{i}]') for i, v in enumerate(value))
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if isinstance(hint, types.UnionType):
+    raise TypeError(f'{path}: unions are not used in this schema')
+  if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+    raise ValueError(f'{path}: expected {hint.__name__}, got {value!r}')
+  return value
