@@ -79,6 +79,7 @@ class ModelConfig:
   param_dtype: Literal['float32', 'bfloat16'] = 'float32'
   remat: Literal['none', 'block'] = 'none'
   experts_transport: Literal['local', 'ring'] = 'local'
+  layout: Literal['train', 'train_long', 'decode'] = 'train'  # which table of keye_jax/sharding.py the program uses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,6 @@ class MeshConfig:
   data: int = 1
   context: int = 1
   expert: int = 1
-  layout: Literal['train', 'train_long', 'decode'] = 'train'
 
 
 @dataclasses.dataclass(frozen=True)

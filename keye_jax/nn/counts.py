@@ -1,0 +1,76 @@
+"""What a model is made of, in numbers: parameters, bytes, FLOPs and cache by part. Nothing is allocated."""
+import math
+from typing import Any
+
+import jax
+
+from keye_jax.config import ModelConfig
+from keye_jax.nn import keye
+
+WIDTH = {'float32': 4, 'bfloat16': 2}
+
+
+def parts(params) -> dict[str, int]:
+  """Parameters of the tree by part: language, indexers, vision, projector."""
+  total = dict(language=0, indexers=0, vision=0, projector=0)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    keys = [k.key for k in path]
+    part = 'indexers' if 'indexer' in keys else keys[0] if keys[0] in ('vision', 'projector') else 'language'
+    total[part] += math.prod(leaf.shape)
+  return total
+
+
+def active(config: ModelConfig) -> dict[str, int]:
+  """Parameters that one text token multiplies with: matrices only, routed experts by their share, no embedding."""
+  t = config.text
+  attention = 2 * t.embed * t.head_dim * (t.heads + t.kv_heads)
+  mlp = 3 * t.embed * t.ffn * (t.experts_per_token if t.experts else 1) + t.embed * t.experts
+  i = t.indexer
+  indexer = t.embed * (i.heads * i.head_dim + i.heads + i.head_dim) if i.heads else 0
+  return dict(layers=t.layers * (attention + mlp), head=t.embed * t.vocab, indexers=t.layers * indexer)
+
+
+def flops_per_token(config: ModelConfig, length: int) -> dict[str, float]:
+  """Forward FLOPs of one token, averaged over a causal sequence of `length` tokens (multiply-add = 2).
+
+  The training step costs three times as much for everything but the frozen parts. Vision is per language token that
+  an image fills, with attention inside a frame of one 384-pixel square.
+  """
+  t, v, i = config.text, config.vision, config.text.indexer
+  keys = (length + 1) / 2
+  sparse = config.attention == 'sparse' and i.heads
+  # mean over t of min(t, k): below k a query sees everything
+  seen = keys if not sparse or length <= i.topk else (i.topk * (i.topk + 1) / 2 + (length - i.topk) * i.topk) / length
+  a = active(config)
+  flops = dict(layers=2.0 * a['layers'], head=2.0 * a['head'],
+               attention=4.0 * t.layers * t.heads * t.head_dim * seen)
+  if i.heads:
+    flops['indexer_projections'] = 2.0 * a['indexers']
+    flops['indexer_scores'] = 2.0 * t.layers * i.heads * i.head_dim * keys
+  if v.layers:
+    patches = v.merge ** 2
+    frame = v.grid ** 2
+    block = 4 * v.embed ** 2 + 2 * v.embed * v.ffn
+    flops['vision'] = patches * (2.0 * v.layers * block + 4.0 * v.layers * v.embed * frame
+                                 + 2.0 * v.patch_dim * v.embed)
+    merged = patches * v.embed
+    flops['projector'] = 2.0 * (merged * merged + merged * t.embed)
+  return flops
+
+
+def cache_bytes_per_token(config: ModelConfig) -> dict[str, int]:
+  t = config.text
+  width = WIDTH[config.dtype]
+  kv = 2 * t.layers * t.kv_heads * t.head_dim * width
+  return dict(kv=kv, index_keys=t.layers * t.indexer.head_dim * width if t.indexer.heads else 0)
+
+
+def describe(config: ModelConfig, length: int | None = None) -> dict[str, Any]:
+  """Everything above in one JSON-able dict; `length` (tokens) defaults to the model's longest."""
+  length = length or config.text.max_position
+  by_part = parts(keye.param_shapes(config))
+  total, a = sum(by_part.values()), active(config)
+  return dict(parameters=total, parameters_by_part=by_part,
+              bytes_by_part={k: n * WIDTH[config.param_dtype] for k, n in by_part.items()},
+              active_parameters=sum(a.values()), active_by_part=a, length=length,
+              flops_per_token=flops_per_token(config, length), cache_bytes_per_token=cache_bytes_per_token(config))

@@ -1,0 +1,93 @@
+"""SwiGLU experts, and how tokens travel to them.
+
+B batch, T time, N flattened tokens, D embed, E experts (of this device), F ffn, K experts per token, M = N * K picks.
+"""
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from keye_jax import sharding
+from keye_jax.config import ModelConfig
+from keye_jax.nn import layers, router
+from pallas_kernels.grouped_matmul import grouped_swiglu
+
+
+class Mlp(nn.Module):
+  """x_BTD -> (y_BTD, Routing or None): experts, or one dense SwiGLU when the config has none."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD, valid_BT):
+    c, text = self.config, self.config.text
+    D, F, E = text.embed, text.ffn, text.experts
+    init_in, init_out = nn.initializers.normal(D ** -0.5), nn.initializers.normal(F ** -0.5)
+    if not E:
+      gate_up_DF2 = sharding.param(self, 'gate_up', init_in, (D, 2 * F), ('embed', None), c)
+      down_FD = sharding.param(self, 'down', init_out, (F, D), (None, 'embed'), c)
+      return layers.swiglu(x_BTD, gate_up_DF2, down_FD), None
+    router_DE = sharding.param(self, 'router', nn.initializers.normal(D ** -0.5), (D, E), ('embed', None), c)
+    gate_up_EDF2 = sharding.param(self, 'gate_up', init_in, (E, D, 2 * F), ('experts', 'embed', None), c)
+    down_EFD = sharding.param(self, 'down', init_out, (E, F, D), ('experts', None, 'embed'), c)
+    routing = router.route(x_BTD, router_DE, text.experts_per_token, valid_BT)
+    return moe(c, x_BTD, routing, gate_up_EDF2, down_EFD), routing
+
+
+def moe(config: ModelConfig, x_BTD, routing: router.Routing, gate_up_EDF2, down_EFD) -> jax.Array:
+  """Weighted sum of each token's experts. Transports:
+
+  local: every device holds all experts (expert axis 1).
+  ring:  tokens are all-gathered over the expert axis, each device computes its own experts, results are
+         reduce-scattered. Drops nothing.
+  """
+  ring = config.experts_transport == 'ring' and sharding.has_mesh()
+  if not ring and sharding.has_mesh() and jax.sharding.get_abstract_mesh().shape['expert'] > 1:
+    raise ValueError("experts_transport='local' needs an expert axis of 1; use 'ring'")
+
+  def fn(x_BTD, expert_BTK, weight_BTK, gate_up_EDF2, down_EFD):
+    B, T, D = x_BTD.shape
+    flat = lambda a: a.reshape(B * T, a.shape[-1])
+    x_ND, expert_NK, weight_NK = flat(x_BTD), flat(expert_BTK), flat(weight_BTK)
+    if not ring:
+      return own_experts(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD).reshape(B, T, D)
+    gather = lambda a: jax.lax.all_gather(a, 'expert', tiled=True)
+    first = jax.lax.axis_index('expert') * gate_up_EDF2.shape[0]
+    y_ND = own_experts(gather(x_ND), gather(expert_NK) - first, gather(weight_NK), gate_up_EDF2, down_EFD)
+    return jax.lax.psum_scatter(y_ND, 'expert', tiled=True).reshape(B, T, D)
+
+  tokens = ('batch', 'seq', None)
+  in_axes = (tokens, tokens, tokens, ('experts', None, None), ('experts', None, None))
+  return sharding.local(fn, config.layout, in_axes, tokens)(
+      x_BTD, routing.expert_BTK, routing.weight_BTK, gate_up_EDF2, down_EFD)
+
+
+def own_experts(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD) -> jax.Array:
+  """Picks outside 0..E-1 belong to another device, or to padding, and add nothing."""
+  E, K = gate_up_EDF2.shape[0], expert_NK.shape[1]
+  expert_M = expert_NK.reshape(-1)
+  expert_M = jnp.where((expert_M >= 0) & (expert_M < E), expert_M, E)
+  order_M = jnp.argsort(expert_M)
+  sizes_E = jnp.diff(jnp.searchsorted(expert_M[order_M], jnp.arange(E + 1))).astype(jnp.int32)
+  y_MD = grouped_swiglu(take_rows(x_ND, order_M, K), gate_up_EDF2, down_EFD, sizes_E)
+  y_NKD = y_MD[jnp.argsort(order_M)].reshape(*expert_NK.shape, -1)
+  return jnp.einsum('NKD,NK->ND', y_NKD, weight_NK.astype(y_NKD.dtype))
+
+
+@jax.custom_vjp
+def _spread(x_ND, order_M, back_NK):
+  return x_ND[order_M // back_NK.shape[1]]
+
+
+def _spread_fwd(x_ND, order_M, back_NK):
+  return _spread(x_ND, order_M, back_NK), back_NK
+
+
+def _spread_bwd(back_NK, g_MD):
+  return g_MD[back_NK].sum(1), None, None
+
+
+_spread.defvjp(_spread_fwd, _spread_bwd)
+
+
+def take_rows(x_ND: jax.Array, order_M: jax.Array, K: int) -> jax.Array:
+  """Each token's row once a pick, in expert order. Its gradient gathers by the inverse permutation: no scatter-add."""
+  return _spread(x_ND, order_M, jnp.argsort(order_M).reshape(-1, K))

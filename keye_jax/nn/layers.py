@@ -1,0 +1,27 @@
+"""Normalisations and the gated MLP, as functions.
+
+B batch, T time, D features, F ffn width.
+"""
+import jax
+import jax.numpy as jnp
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+  """x / rms(x) * scale over the last axis; statistics in float32, result in x's dtype."""
+  x32 = x.astype(jnp.float32)
+  y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
+  return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+  """LayerNorm over the last axis; statistics in float32, result in x's dtype."""
+  x32 = x.astype(jnp.float32)
+  x32 = x32 - jnp.mean(x32, -1, keepdims=True)
+  y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
+  return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def swiglu(x_BTD: jax.Array, gate_up_DF2: jax.Array, down_FD: jax.Array) -> jax.Array:
+  """silu(x W_gate) * (x W_up) W_down; the gate is the first half of gate_up's columns."""
+  gate, up = jnp.split(jnp.einsum('BTD,DF->BTF', x_BTD, gate_up_DF2), 2, -1)
+  return jnp.einsum('BTF,FD->BTD', jax.nn.silu(gate) * up, down_FD)

@@ -1,0 +1,164 @@
+"""The whole model: sizes of the published checkpoint, equivalences of packing, caches, scans and meshes."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from keye_jax import sharding
+from keye_jax.config import MeshConfig
+from keye_jax.nn import counts, decoder, head, keye
+from tests.nn import batches
+from tests.tolerances import assert_close
+
+MODES = ('dense', 'warmup', 'sparse')
+
+
+def with_mode(mode, **text):
+  return dataclasses.replace(batches.CONFIG, attention=mode, text=dataclasses.replace(batches.TEXT, **text))
+
+
+@pytest.fixture(scope='module')
+def params():
+  p = keye.init(batches.CONFIG, jax.random.key(0))
+  # away from initial ones and zeros, so that a scale or bias that is not applied shows
+  noise = jax.tree.map(lambda a: 0.1 * np.random.default_rng(a.size).normal(size=a.shape).astype(a.dtype), p)
+  return jax.tree.map(jnp.add, p, noise)
+
+
+def forward(config, params, batch):
+  out = jax.jit(lambda p, b: keye.apply(config, p, b))(params, batch)
+  return out
+
+
+def test_published_sizes():
+  from configs import keye_vl_2_30b_a3b
+  from keye_jax.config import RunConfig, freeze
+  report = counts.describe(freeze(RunConfig, keye_vl_2_30b_a3b.get_config()).model)
+  assert report['parameters'] == 31_122_082_160
+  assert report['parameters_by_part'] == dict(language=30_532_122_624, indexers=108_536_832, vision=450_735_984,
+                                              projector=30_686_720)
+  assert report['cache_bytes_per_token']['kv'] == 96 * 1024
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_packed_is_unpacked(params, mode):
+  config = with_mode(mode)
+  rng = np.random.default_rng(1)
+  video, image, text = (batches.sample(rng, 2, (2, 4), 3), batches.sample(rng, 1, (4, 2), 4),
+                        batches.sample(rng, 0, (2, 2), 7))
+  together = forward(config, params, batches.pack([[video, image, text]], 32, 3, 8)).hidden_BTD[0]
+  alone = forward(config, params, batches.pack([[video], [image], [text]], 32, 3, 8)).hidden_BTD
+  start = 0
+  for row, s in zip(alone, (video, image, text)):
+    n = len(s['token'])
+    assert_close(together[start:start + n], row[:n], what=mode)
+    start += n
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_branches_share_a_trunk(params, mode):
+  """Each branch of a row sees what it would see alone after the trunk."""
+  config = with_mode(mode)
+  make = lambda branches: batches.sample(np.random.default_rng(2), 2, (2, 4), 3, branches)
+  both = make((3, 4))
+  trunk = len(both['token']) - 7
+  row = forward(config, params, batches.pack([[both]], 32, 2, 8)).hidden_BTD[0]
+  for b, at in ((1, slice(trunk, trunk + 3)), (2, slice(trunk + 3, trunk + 7))):
+    n = at.stop - at.start
+    single = make((n,))
+    single['token'][trunk:] = both['token'][at]
+    alone = forward(config, params, batches.pack([[single]], 32, 2, 8)).hidden_BTD[0]
+    assert_close(row[at], alone[trunk:trunk + n], what=f'{mode} branch {b}')
+
+
+@pytest.mark.parametrize('mode', ('dense', 'sparse'))
+@pytest.mark.parametrize('split', (False, True))
+def test_cached_decode_is_full_forward(params, mode, split):
+  config = with_mode(mode)
+  batch = batches.mixed()
+  full = forward(config, params, batch)
+  cut = 24
+  take = lambda a, at: a if a.ndim >= 3 and a.shape[-1] != 3 else a[:, at]
+  head_of = type(batch)(*[take(a, slice(0, cut)) for a in batch])
+  out = keye.apply(config, params, head_of, keep_kv=True)
+  cache = decoder.extend(decoder.empty_cache(config, 4, 40), out.kv, head_of.segment_BT, head_of.order_BT)
+  if split:
+    params = params | {'layers': tuple(jax.tree.map(lambda a: a[i], params['layers']) for i in range(2))}
+  advance = jax.jit(lambda p, b, c: keye.apply(config, p, b, c))
+  for t in range(cut, 32):
+    one = type(batch)(*[take(a, slice(t, t + 1)) for a in batch])
+    one = one._replace(patch_BRNC=one.patch_BRNC[:, :0], coord_BRN4=one.coord_BRN4[:, :0],
+                       frame_BRN=one.frame_BRN[:, :0])
+    out = advance(params, one, cache)
+    cache = decoder.extend(cache, out.kv, one.segment_BT, one.order_BT)
+    valid = np.asarray(one.segment_BT) > 0
+    assert_close(np.asarray(out.hidden_BTD)[valid], np.asarray(full.hidden_BTD[:, t:t + 1])[valid], what=f'{mode} {t}')
+
+
+def test_sparse_with_all_keys_is_dense(params):
+  batch = batches.mixed()
+  index = dataclasses.replace(batches.TEXT.indexer, topk=32)
+  assert_close(forward(with_mode('sparse', indexer=index), params, batch).hidden_BTD,
+               forward(with_mode('dense'), params, batch).hidden_BTD)
+
+
+def test_sparse_differs_from_dense(params):
+  batch = batches.mixed()
+  a, b = (forward(with_mode(m), params, batch).hidden_BTD for m in ('sparse', 'dense'))
+  assert float(jnp.abs(a - b).max()) > 1e-3
+
+
+def test_remat_changes_nothing(params):
+  batch = batches.mixed()
+  grad = lambda c: jax.jit(jax.grad(lambda p: loss(c, p, batch)))(params)
+  config = with_mode('sparse')
+  plain, remat = grad(config), grad(dataclasses.replace(config, remat='block'))
+  jax.tree.map(assert_close, remat, plain)
+
+
+def loss(config, params, batch):
+  out = keye.apply(config, params, batch)
+  stats = head.token_stats(config.layout, out.hidden_BTD, out.head_DV, batch.target_BT, chunk=16)
+  kl = 0. if out.aux.kl_LBT is None else out.aux.kl_LBT.sum()
+  return -(stats.logp_BT * batch.weight_BT).sum() / batch.weight_BT.sum() + kl
+
+
+def test_indexer_learns_from_its_own_loss_only(params):
+  batch = batches.mixed()
+  config = with_mode('sparse')
+
+  def total(p, lm, kl):
+    out = keye.apply(config, p, batch)
+    stats = head.token_stats(config.layout, out.hidden_BTD, out.head_DV, batch.target_BT)
+    return lm * (stats.logp_BT * batch.weight_BT).sum() + kl * out.aux.kl_LBT.sum()
+
+  grad = jax.jit(jax.grad(total))
+  is_indexer = lambda path: any(k.key == 'indexer' for k in path)
+  for path, g in jax.tree_util.tree_leaves_with_path(grad(params, 1., 0.)):
+    assert (float(jnp.abs(g).max()) == 0) == (is_indexer(path) or path[-1].key == 'packing_position'), path
+  for path, g in jax.tree_util.tree_leaves_with_path(grad(params, 0., 1.)):
+    assert (float(jnp.abs(g).max()) > 0) == is_indexer(path), path
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('shape', [(1, 1, 1), (2, 1, 4), (1, 4, 2), (2, 2, 2)])
+def test_meshes_agree(params, mode, shape):
+  """Loss and gradients on every mesh equal those of one device without a mesh."""
+  batch = batches.mixed(B=8)
+  config = with_mode(mode)
+  expected = jax.jit(jax.value_and_grad(lambda p: loss(config, p, batch)))(params)
+  config = dataclasses.replace(config, experts_transport='ring')
+  mesh_before = jax.sharding.get_abstract_mesh()
+  try:
+    sharding.use_mesh(MeshConfig(*shape))
+    shapes = keye.param_shapes(config)
+    placed = jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), params, shapes)
+    rows = jax.tree.map(lambda a: jax.device_put(a, sharding.spec('train', 'batch', *('seq',) * (a.ndim in (2, 3) and a.shape[1] == 32))), batch)
+    got = jax.jit(jax.value_and_grad(lambda p, b: loss(config, p, b)))(placed, rows)
+    got = jax.tree.map(np.asarray, got)
+  finally:
+    jax.set_mesh(None) if mesh_before.empty else jax.set_mesh(mesh_before)
+  jax.tree_util.tree_map_with_path(lambda path, a, b: assert_close(a, b, what=f'{path}') if np.abs(b).max() else
+                                   np.testing.assert_array_equal(a, b), got, jax.tree.map(np.asarray, expected))
