@@ -3,8 +3,16 @@
 Language model: Qwen3-30B-A3B with one DSA indexer a layer. Vision: the SigLIP-400M encoder at native resolution and a
 2x2 projector. Data limits are those of its third pre-training stage: 256K tokens, of which 180K visual.
 """
-from keye_jax.config import (DataConfig, IndexerConfig, ModelConfig, RunConfig, TextConfig, TrainConfig, VisionConfig,
-                             to_dict)
+from keye_jax.config import (
+  DataConfig,
+  IndexerConfig,
+  ModelConfig,
+  RunConfig,
+  TextConfig,
+  TrainConfig,
+  VisionConfig,
+  to_dict,
+)
 
 
 def model() -> ModelConfig:

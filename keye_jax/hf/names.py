@@ -28,7 +28,7 @@ IGNORED = ('rotary_emb.inv_freq', 'visual.vision_model.head.')   # older checkpo
 class Piece(NamedTuple):
   """Rows [start, stop) of a stored tensor <-> one block of one of our parameters."""
   rows: tuple[int, int]
-  path: str                        # 'layers/indexer/q'
+  path: str                        # 'layers/attn/indexer/q'
   index: tuple[int | slice, ...]   # where the block lies in the parameter: layer, expert, then slices
   shape: tuple[int, ...]           # of the block
   rule: Literal['same', 'linear', 'swap']
@@ -74,15 +74,15 @@ def _attention(cfg: ModelConfig, layer: int) -> Iterator[Tensor]:
   t, i = cfg.text, cfg.text.indexer
   at, name = (layer,), f'model.layers.{layer}.self_attn'
   D, H, G, K, I, J = t.embed, t.heads, t.kv_heads, t.head_dim, i.heads, i.head_dim
-  yield _linear(f'{name}.q_proj.weight', [('layers/q', at, (D, H, K), H * K)])
-  yield _linear(f'{name}.k_proj.weight', [('layers/k', at, (D, G, K), G * K)])
-  yield _linear(f'{name}.v_proj.weight', [('layers/v', at, (D, G, K), G * K)])
-  yield _linear(f'{name}.o_proj.weight', [('layers/o', at, (H, K, D), D)])
+  yield _linear(f'{name}.q_proj.weight', [('layers/attn/q', at, (D, H, K), H * K)])
+  yield _linear(f'{name}.k_proj.weight', [('layers/attn/k', at, (D, G, K), G * K)])
+  yield _linear(f'{name}.v_proj.weight', [('layers/attn/v', at, (D, G, K), G * K)])
+  yield _linear(f'{name}.o_proj.weight', [('layers/attn/o', at, (H, K, D), D)])
   if t.qk_norm:
-    yield _same(f'{name}.q_norm.weight', 'layers/q_norm', at, (K,))
-    yield _same(f'{name}.k_norm.weight', 'layers/k_norm', at, (K,))
+    yield _same(f'{name}.q_norm.weight', 'layers/attn/q_norm', at, (K,))
+    yield _same(f'{name}.k_norm.weight', 'layers/attn/k_norm', at, (K,))
   if I:
-    name, path = f'{name}.sa_indexer', 'layers/indexer'
+    name, path = f'{name}.sa_indexer', 'layers/attn/indexer'
     yield _linear(f'{name}.q_proj.weight', [(f'{path}/q', at, (D, I, J), I * J), (f'{path}/gate', at, (D, I), I)])
     yield _linear(f'{name}.k_proj.weight', [(f'{path}/k', at, (D, J), J)])
     yield _same(f'{name}.q_norm.weight', f'{path}/q_norm', at, (J,))
@@ -117,8 +117,9 @@ def _vision(cfg: ModelConfig) -> Iterator[Tensor]:
   yield Tensor(f'{name}.embeddings.patch_embedding.weight', (W, 3, P, P), (patch,))
   yield _same(f'{name}.embeddings.patch_embedding.bias', 'vision/patch_bias', (), (W,))
   yield _same(f'{name}.embeddings.position_embedding.weight', 'vision/position', (), (v.grid ** 2, W))
-  yield _same(f'{name}.embeddings.packing_position_embedding.weight', 'vision/packing_position', (),
-              (v.packing_positions, W))
+  if v.packing_positions:
+    yield _same(f'{name}.embeddings.packing_position_embedding.weight', 'vision/packing_position', (),
+                (v.packing_positions, W))
   for layer in range(v.layers):
     at, prefix, path = (layer,), f'{name}.encoder.layers.{layer}', 'vision/layers'
     for norm in (1, 2):
@@ -185,8 +186,8 @@ def table(cfg: ModelConfig, fmt: Format, experts: Experts | None = None) -> list
 def expert_layout(cfg: ModelConfig, fmt: Format, shapes: dict[str, tuple[int, ...]]) -> Experts:
   """Which layout a folder uses, from its names and shapes.
 
-  A fused matrix that is square fits both fused layouts ([E, D, 2F] when D == 2F, [E, F, D] when D == F). Never both at
-  once, so the two matrices of layer 0 together decide; when they fit neither layout, the format's own layout is returned
+  A square fused matrix fits both fused layouts ([E, D, 2F] when D == 2F, [E, F, D] when D == F), but never are both
+  matrices square, so the two of layer 0 together decide. When they fit neither layout, the format's own is returned
   and the check of names and shapes then reports them.
   """
   if not cfg.text.experts or 'model.layers.0.mlp.experts.gate_up_proj' not in shapes:
@@ -196,3 +197,26 @@ def expert_layout(cfg: ModelConfig, fmt: Format, shapes: dict[str, tuple[int, ..
     if all(shapes.get(name) == shape for name, shape in want.items()):
       return layout
   return 'hub' if fmt == 'keye' else 'module'
+
+
+class Leaf(NamedTuple):
+  """One of our parameters: its shape, and every (tensor name, piece) that fills it."""
+  shape: tuple[int, ...]
+  parts: tuple[tuple[str, Piece], ...]
+
+
+def bounds(piece: Piece) -> tuple[tuple[int, int], ...]:
+  """[start, stop) of the piece's block along every axis of its parameter."""
+  stacked = [(i, i + 1) for i in piece.index if isinstance(i, int)]
+  slices = [s for s in piece.index if isinstance(s, slice)] + [slice(None)] * len(piece.shape)
+  return (*stacked, *((s.start or 0, (s.start or 0) + n) for s, n in zip(slices, piece.shape)))
+
+
+def leaves(tensors: list[Tensor]) -> dict[str, Leaf]:
+  """The table turned round: our parameters by path, in the order of the table."""
+  parts: dict[str, list[tuple[str, Piece]]] = {}
+  for tensor in tensors:
+    for piece in tensor.pieces:
+      parts.setdefault(piece.path, []).append((tensor.name, piece))
+  return {path: Leaf(tuple(max(stop for _, stop in axis) for axis in zip(*(bounds(p) for _, p in found))), tuple(found))
+          for path, found in parts.items()}
