@@ -12,8 +12,8 @@ def router_balance(balance_LB: jax.Array, row_B: jax.Array, total_rows: jax.Arra
   """Mean over layers and rows of the balance loss E * sum_e f_e P_e (Switch, arXiv 2101.03961 eq. 4).
 
   The router computes it per packed row, f_e the picks of expert e per token (so that an even load gives the number of
-  experts a token uses) and P_e the mean router probability. It is quadratic in a row, so splitting a batch into micro-batches does not change it, but
-  splitting a row does.
+  experts a token uses) and P_e the mean router probability. It is quadratic in a row: splitting a batch into
+  micro-batches does not change it, splitting a row does.
 
   Args:
     balance_LB: float32, one value a layer and row.

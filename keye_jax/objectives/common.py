@@ -1,5 +1,6 @@
 """What an objective is, and the sums all of them share."""
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp

@@ -1,0 +1,102 @@
+"""The optimizer: two groups of parameters, each with its own learning rate and clip norm, and a schedule.
+
+Which rule a weight gets follows from its path: `indexer` anywhere in it puts it in the indexer's group, and the last
+name tells a matrix from a norm, a bias or a table.
+"""
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+from keye_jax.config import OptimizerConfig
+
+MUON_BETA, MUON_RMS = 0.95, 0.2      # arXiv 2502.16982 section 2.2: an update of AdamW's size, so its rate fits both
+
+_ROWS = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+_HEADS_OUT = MuonDimensionNumbers(reduction_axis=-3, output_axis=(-2, -1))
+_HEADS_IN = MuonDimensionNumbers(reduction_axis=(-3, -2), output_axis=-1)
+# Hidden matrices. Leading axes (layers, experts) are batches of matrices. Embedding, head, router and patch weights
+# stay with AdamW, as in the reference recipe.
+MUON_AXES = {'q': _HEADS_OUT, 'k': _HEADS_OUT, 'v': _HEADS_OUT, 'o': _HEADS_IN,
+             'gate_up': _ROWS, 'down': _ROWS, 'fc1': _ROWS, 'fc2': _ROWS}
+
+
+def schedule(cfg: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
+  """Learning rate of update 0, 1, ...: a line up to `peak`, then cosine, line or nothing down to a fraction of it.
+
+  Update i of a warm-up of W runs at peak * (i + 1) / W, the last update (steps - 1) at peak * final_fraction.
+  Raises ValueError when the warm-up is not shorter than the run.
+  """
+  W, f = cfg.warmup_steps, cfg.final_fraction
+  if W >= steps:
+    raise ValueError(f'optimizer.warmup_steps = {W} must be below train.steps = {steps}')
+  shape = {'cosine': lambda t: f + (1 - f) * 0.5 * (1 + jnp.cos(jnp.pi * t)),
+           'linear': lambda t: 1 - (1 - f) * t,
+           'constant': jnp.ones_like}[cfg.schedule]
+
+  def rate(count):
+    t = jnp.clip((count - W) / max(steps - 1 - W, 1), 0, 1)
+    return peak * jnp.where(count < W, (count + 1) / max(W, 1), shape(t))
+
+  return rate
+
+
+def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+  """AdamW or Muon for the model, AdamW for the indexer; global-norm clipping inside each group.
+
+  The groups share nothing: a large indexer gradient cannot shrink the model's step, nor the other way round.
+  """
+  def adamw(rate):
+    return optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay, mask=decayed)
+
+  rate = schedule(cfg, steps, cfg.learning_rate)
+  model = adamw(rate)
+  if cfg.name == 'muon':
+    muon = optax.contrib.muon(rate, beta=MUON_BETA, eps=cfg.eps, weight_decay=cfg.weight_decay,
+                              consistent_rms=MUON_RMS, muon_weight_dimension_numbers=muon_axes)
+    model = optax.partition({'matrix': outside_explicit_sharding(muon), 'rest': model},
+                            _by_path(lambda path: 'matrix' if path[-1] in MUON_AXES else 'rest'))
+  indexer = adamw(schedule(cfg, steps, cfg.indexer_learning_rate))
+  return optax.partition({'model': optax.chain(optax.clip_by_global_norm(cfg.clip_norm), model),
+                          'indexer': optax.chain(optax.clip_by_global_norm(cfg.indexer_clip_norm), indexer)}, groups)
+
+
+def groups(params):
+  """Tree of 'model' or 'indexer'."""
+  return _by_path(lambda path: 'indexer' if 'indexer' in path else 'model')(params)
+
+
+def decayed(params):
+  """Tree of bools: weight decay touches matrices, not norms, biases, the indexer's gate or position tables.
+
+  The packing position table is part of the checkpoint but not of the forward pass: decay would erase it.
+  """
+  def one(path):
+    name = path[-1]
+    return not (name.endswith(('norm', 'scale', 'bias', 'position')) or name == 'gate')
+  return _by_path(one)(params)
+
+
+def muon_axes(params):
+  """Tree of MuonDimensionNumbers."""
+  return _by_path(lambda path: MUON_AXES[path[-1]])(params)
+
+
+def _by_path(fn: Callable[[tuple[str, ...]], object]) -> Callable:
+  return lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: fn(tuple(p.key for p in path)), tree)
+
+
+def outside_explicit_sharding(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+  """`tx` with its update under automatic sharding; what comes out keeps the shardings that went in.
+
+  Muon reshapes and transposes weights, which explicit sharding refuses on sharded axes.
+  """
+  def update(updates, state, params=None):
+    if jax.sharding.get_abstract_mesh().empty:
+      return tx.update(updates, state, params)
+    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))
+    return jax.sharding.auto_axes(tx.update, out_sharding=specs)(updates, state, params)
+
+  return optax.GradientTransformation(tx.init, update)

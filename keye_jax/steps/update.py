@@ -1,0 +1,90 @@
+"""The training step, and the only place that differentiates.
+
+Every algorithm's step is `make_update(apply, objective, tx)`: they differ in the objective and in the batch.
+"""
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from keye_jax.objectives.common import Metrics, Objective
+from keye_jax.steps.optimizer import groups
+from keye_jax.steps.state import State, merge
+
+
+def make_update(apply: Callable[[Any, Any], Any], objective: Objective, tx: optax.GradientTransformation,
+                accumulate: int = 1) -> Callable[[State, Any], tuple[State, Metrics]]:
+  """Returns a jitted pure function (state, batch) -> (state, metrics).
+
+  Everything of the state but its frozen parameters is donated. A step whose loss or gradient is not finite changes
+  neither parameters nor optimizer state; its metrics are zero with zero weight, and `skipped` counts it.
+
+  Args:
+    apply: (params, batch) -> what the objective takes as output.
+    accumulate: number of micro-batches; rows i, i + accumulate, ... of the batch form micro-batch i, so that under a
+      mesh every device keeps its own rows. Denominators are those of the whole batch, whatever the number.
+  """
+  def loss(train, frozen, batch, totals):
+    return objective.loss(apply(merge(train, frozen), batch), batch, totals)
+
+  def gradient(train, frozen, batch):
+    grad = jax.value_and_grad(loss, has_aux=True)
+    totals = objective.totals(batch)
+    if accumulate == 1:
+      (value, metrics), grads = grad(train, frozen, batch, totals)
+      return value, metrics, grads
+
+    def one(summed, part):
+      (value, metrics), grads = grad(train, frozen, part, totals)
+      return jax.tree.map(lambda s, g: s + g.astype(s.dtype), summed, grads), (value, metrics)
+
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), train)
+    grads, (values, stacked) = jax.lax.scan(one, zeros, micro_batches(batch, accumulate))
+    return jnp.sum(values), jax.tree.map(lambda m: jnp.sum(m, 0), stacked), grads
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(live, frozen, batch):
+    count, train, opt, rng = live
+    value, metrics, grads = gradient(train, frozen, batch)
+    norms = group_norms(grads)
+    ok = functools.reduce(jnp.logical_and, [jnp.isfinite(n) for n in norms.values()], jnp.isfinite(value))
+    changes, new_opt = tx.update(grads, opt, train)
+    new_train = optax.apply_updates(train, changes)
+    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(ok, new, old))
+    one = jnp.float32(1)
+    metrics = metrics | {name: (norm, one) for name, norm in norms.items()}
+    metrics = jax.tree.map(lambda m: jnp.where(ok, m, 0).astype(jnp.float32), metrics)
+    metrics['skipped'] = (1 - ok.astype(jnp.float32), one)
+    return (count + 1, keep(new_train, train), keep(new_opt, opt), rng), metrics
+
+  def update(state: State, batch) -> tuple[State, Metrics]:
+    (count, train, opt, rng), metrics = step((state.step, state.train, state.opt, state.rng), state.frozen, batch)
+    return State(count, train, state.frozen, opt, rng), metrics
+
+  return update
+
+
+def micro_batches(batch: Any, n: int) -> Any:
+  """Leaves [B, ...] -> [n, B/n, ...], rows dealt in turn. Raises ValueError when n does not divide B."""
+  def one(x):
+    B = x.shape[0]
+    if B % n:
+      raise ValueError(f'train.batch = {B} rows cannot be cut into train.accumulate = {n} equal micro-batches')
+    sharding = jax.typeof(x).sharding
+    if sharding.mesh.empty:
+      return jnp.moveaxis(x.reshape(B // n, n, *x.shape[1:]), 1, 0)
+    rows, *rest = sharding.spec
+    cut = jax.lax.reshape(x, (B // n, n, *x.shape[1:]), out_sharding=jax.P(rows, None, *rest))
+    return jnp.moveaxis(cut, 1, 0)
+  return jax.tree.map(one, batch)
+
+
+def group_norms(grads: Any) -> dict[str, jax.Array]:
+  """Global L2 norm of each optimizer group's gradient: {'grad_norm': ..., 'indexer_grad_norm': ...}."""
+  labels, leaves = jax.tree.leaves(groups(grads)), jax.tree.leaves(grads)
+  norm = lambda label: optax.tree.norm([g for g, name in zip(leaves, labels) if name == label])
+  return {name: norm(label) for name, label in (('grad_norm', 'model'), ('indexer_grad_norm', 'indexer'))
+          if label in labels}
