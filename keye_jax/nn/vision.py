@@ -120,8 +120,8 @@ class Projector(nn.Module):
   def __call__(self, x_BRNW):
     c, v = self.config, self.config.vision
     merged, D = v.merge ** 2 * v.embed, c.text.embed
-    B, R, N, _ = x_BRNW.shape
-    x = x_BRNW.reshape(B, R * N // v.merge ** 2, merged)
+    x = sharding.local(lambda a: a.reshape(a.shape[0], -1, merged), c.layout, (('batch', None, None, None),),
+                       ('batch', None, None))(x_BRNW)
 
     def param(name, init, *shape, axes=(None,)):
       return sharding.param(self, name, init, shape, axes, c)

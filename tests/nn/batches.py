@@ -14,6 +14,7 @@ CONFIG = ModelConfig(text=TEXT, vision=VISION)
 def sample(rng, frames: int, grid: tuple[int, int], text: int, branches: tuple[int, ...] = (), vocab: int = 64):
   """One sample as plain lists: tokens, positions, branch ids, vision indices, and its frames' patches."""
   rows, columns = grid
+  patches = rng.integers(0, 256, (frames, rows * columns, VISION.patch_dim))
   token, position, branch, vision, now = [], [], [], [], 0
   per_frame = rows * columns // 4
   for f in range(frames):
@@ -41,7 +42,6 @@ def sample(rng, frames: int, grid: tuple[int, int], text: int, branches: tuple[i
       branch.append(b)
   coord = [(2 * (i // (columns // 2)) + p // 2, 2 * (i % (columns // 2)) + p % 2, rows, columns)
            for i in range(per_frame) for p in range(4)]
-  patches = rng.integers(0, 256, (frames, rows * columns, VISION.patch_dim))
   return dict(token=token, position=position, branch=branch, vision=vision, coord=coord, patches=patches,
               frames=frames)
 
