@@ -99,7 +99,7 @@ class Tokenizer:
     """Id of a token by its text, e.g. '<|im_end|>'. Raises InputError when the vocabulary lacks it."""
     found = self._full.token_to_id(token)
     if found is None:
-      raise InputError(f'{self.name}: the tokenizer has no token {token!r}; use a tokenizer with Keye\'s special tokens')
+      raise InputError(f'{self.name}: the tokenizer has no token {token!r}; use one with Keye\'s special tokens')
     return found
 
   @property

@@ -1,6 +1,7 @@
 """Positions against hand numbers and a slow token-by-token implementation of the rule."""
 import numpy as np
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_pipelines import mrope
 

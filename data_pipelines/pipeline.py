@@ -1,0 +1,303 @@
+"""From a JSONL file to training batches and evaluation prompts, on grain.
+
+rows -> shuffle, a new order each epoch -> this process's slice -> load media and tokenise (threads, or worker
+processes) -> pack a window of samples into rows -> batch -> one prefetch thread.
+
+The order depends on the seed, the process's index and count and the shapes, on nothing else: not on the number of
+workers or the cache. A row that cannot be used stays in the stream as a `Skip`, so positions, and with them exact
+resume, do not depend on what was skipped; it is counted and the packer drops it.
+
+`data` is a keye_jax.config.DataConfig everywhere (not imported: this package is below keye_jax).
+"""
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+import xxhash
+
+from data_pipelines import chat, images, packing, sources, tokenizer, video
+from data_pipelines.errors import InputError
+from data_pipelines.schema import Batch, Example
+
+WINDOW_ROWS = 32                # rows filled together by first-fit-decreasing: at 2-5 samples a row, 1-3% padding
+WINDOW_BYTES = 1 << 29          # of pixels; a window closes earlier than WINDOW_ROWS when samples are long videos
+LAST = 20                       # skipped rows remembered with their reason
+GREY = 128                      # uint8; within 1/255 of the middle of the range
+# Fields that change neither the samples nor their order.
+_NEUTRAL = ('path', 'tokenizer', 'cache_mb', 'workers')
+
+
+class Skip(NamedTuple):
+  reason: str        # short class of fault
+  message: str       # file:row and what is wrong
+
+
+class Question(NamedTuple):
+  """One prompt of an evaluation set."""
+  prompt: Example              # ends where the assistant begins to answer
+  answer: str                  # what the row's assistant said
+  row: int                     # index of the row: questions of one clip share it
+  branch: int                  # index of the branch in the row, 0 when it does not fork
+  extra: dict[str, Any]        # the row's other keys; a list as long as the branches is narrowed to this branch's item
+  source: str                  # file:line
+
+
+def train_batches(data, batch: int, seed: int, process_index: int = 0, process_count: int = 1, patch: int = 14,
+                  merge: int = 2, strict: bool = False) -> 'Batches':
+  """Endless iterator of `Batch`, each with batch / process_count rows: this process's share.
+
+  `strict` raises at the first unusable row where training skips and counts it. Raises InputError when the file or
+  tokenizer is missing, when shapes are inconsistent, or when a whole epoch holds no usable row.
+  """
+  if batch % process_count:
+    raise InputError(f'train.batch={batch} rows are not divisible by {process_count} processes')
+  shape = row_shape(data, patch, merge)
+  load = Load(data, patch, merge, strict)
+  stream = grain.MapDataset.range(len(load.rows)).seed(seed % 2**32).shuffle().repeat()
+  stream = stream[process_index::process_count].map(load)
+  epoch = -(-len(load.rows) // process_count)
+  return Batches(_Packed(stream, shape, batch // process_count, data.pack, data.workers, epoch))
+
+
+def row_shape(data, patch: int = 14, merge: int = 2) -> packing.Shape:
+  """The static shape that a DataConfig asks for. Raises InputError when a vision row cannot be cut into tokens."""
+  if data.vision_patches % merge**2:
+    raise InputError(f'data.vision_patches={data.vision_patches} is not a multiple of {merge**2} (patches a token)')
+  return packing.Shape(data.tokens, data.vision_rows, data.vision_patches, merge, 3 * patch * patch)
+
+
+def open_tokenizer(data) -> tokenizer.Tokenizer:
+  """data.tokenizer's folder; without one, the folder of data.path if it has a tokenizer.json, else Keye's full one."""
+  beside = pathlib.Path(data.path).parent
+  return tokenizer.load(data.tokenizer or (beside if data.path and (beside / 'tokenizer.json').is_file() else ''))
+
+
+def load_media(turns: list[chat.Turn], data, patch: int = 14, merge: int = 2) -> list[chat.Turn]:
+  """Replaces paths (or bytes, or arrays) in turns by resized images and clips. Raises InputError naming the file."""
+  def resolve(kind, value):
+    if kind == 'image':
+      return kind, images.load_image(value, factor=patch * merge, min_tokens=data.image_tokens_min,
+                                     max_tokens=data.image_tokens_max)
+    if kind == 'video':
+      return kind, video.load_video(value, data, factor=patch * merge)
+    return kind, value
+  return [chat.Turn(t.role, tuple(resolve(*p) for p in t.parts)) for t in turns]
+
+
+def fingerprint(data) -> str:
+  """Hash of everything that decides which samples a config reads and what they look like: rows, media sizes,
+  tokenizer, shapes and sampling. A checkpoint keeps it: resuming on other data is an error, not a surprise."""
+  fields = {k: v for k, v in sorted(dataclasses.asdict(data).items()) if k not in _NEUTRAL}
+  digest = xxhash.xxh3_128(json.dumps(fields).encode())
+  digest.update(open_tokenizer(data).fingerprint().encode())
+  digest.update(sources.fingerprint(data.path).encode())
+  return digest.hexdigest()
+
+
+def eval_examples(data, patch: int = 14, merge: int = 2, think: bool = False) -> Iterator[Question]:
+  """The prompts of data.path in file order, one a question: a row without branches is one, each branch is one.
+
+  The prompt of a question stops before its last assistant message. Media are decoded once a row. Raises InputError at
+  the first row that cannot be used: an evaluation must not shrink unseen.
+  """
+  load = Load(data, patch, merge, strict=True)
+  for i in range(len(load.rows)):
+    row = load.rows[i]
+    trunk = load_media(row.trunk, data, patch, merge)
+    for b, branch in enumerate(row.branches or [[]]):
+      turns = chat.fork(trunk, load_media(branch, data, patch, merge))
+      last = max((n for n, t in enumerate(turns) if t.role == 'assistant'), default=None)
+      if last is None:
+        raise InputError(f'{row.source}: branch {b} has no assistant message to compare an answer with')
+      answer = ''.join(value for _, value in turns[last].parts)
+      prompt = chat.prompt(turns[:last], load.tokenizer, think, patch, merge, row.source)
+      n = len(row.branches)
+      extra = {k: v[b] if n and isinstance(v, list) and len(v) == n else v for k, v in row.extra.items()}
+      yield Question(_grey(prompt) if data.grey else prompt, answer, i, b, extra, row.source)
+
+
+class Load:
+  """Row index -> Example, or a Skip when the row cannot be used. Picklable; keeps finished samples in memory.
+
+  Decoding and tokenising are deterministic, so epochs after the first are served from an LRU cache of
+  `data.cache_mb`, shared out among the worker processes.
+  """
+
+  def __init__(self, data, patch: int, merge: int, strict: bool):
+    self.data, self.patch, self.merge, self.strict = data, patch, merge, strict
+    self.rows, self.tokenizer, self.shape = sources.Rows(data.path), open_tokenizer(data), row_shape(data, patch, merge)
+    self._cache = _Cache((data.cache_mb << 20) // max(data.workers, 1))
+
+  def __call__(self, i: int) -> Example | Skip:
+    if (found := self._cache.get(i)) is not None:
+      return found
+    try:
+      example = self.example(i)
+      if why := packing.misfit(example, self.shape):
+        raise sources.BadRow('too long', f'{example.source}: {why}')
+    except InputError as e:
+      if self.strict:
+        raise
+      message = str(e) if str(self.rows.path) in str(e) else f'{self.rows.where(i)}: {e}'
+      return Skip(getattr(e, 'reason', 'media'), message)
+    self._cache.put(i, example)
+    return example
+
+  def example(self, i: int) -> Example:
+    """The training sample of row i. Raises InputError."""
+    row, args = self.rows[i], (self.data, self.patch, self.merge)
+    example = chat.tokenize(load_media(row.trunk, *args), self.tokenizer, [load_media(b, *args) for b in row.branches],
+                            self.patch, self.merge, row.source)
+    return _grey(example) if self.data.grey else example
+
+
+class Batches:
+  """Iterator of `Batch` with exact resume. `get_state()` is small and JSON-compatible; `set_state` continues with the
+  batch that would have come next, also with another number of workers. `close()` ends threads and workers."""
+
+  def __init__(self, packed: '_Packed'):
+    self._iter = iter(grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=2))
+    self._reasons, self._last = collections.Counter(), collections.deque(maxlen=LAST)
+
+  def __iter__(self) -> 'Batches':
+    return self
+
+  def __next__(self) -> Batch:
+    batch, skips = next(self._iter)
+    for skip in skips:
+      self._reasons[skip.reason] += 1
+      self._last.append(skip.message)
+    return batch
+
+  def stats(self) -> dict[str, Any]:
+    """{'skipped': {reason: count}, 'last': [the latest messages, each with file:row]} up to the last batch."""
+    return {'skipped': dict(sorted(self._reasons.items())), 'last': list(self._last)}
+
+  def get_state(self) -> dict[str, Any]:
+    return {'position': self._iter.get_state(), **self.stats()}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    self._iter.set_state(dict(state['position']))
+    self._reasons, self._last = collections.Counter(state['skipped']), collections.deque(state['last'], LAST)
+
+  def close(self) -> None:
+    self._iter.close()
+
+
+class _Packed(grain.IterDataset):
+  """Samples to (Batch, the skips met on the way). State: first sample of the window, rows of it already given out."""
+
+  def __init__(self, stream: grain.MapDataset, shape, rows: int, together: bool, workers: int, epoch: int):
+    super().__init__()
+    self.stream, self.shape, self.rows, self.together, self.epoch = stream, shape, rows, together, epoch
+    self.workers = workers
+
+  def __iter__(self):
+    return _PackedIterator(self)
+
+  def samples(self, start: int):
+    """Iterator over the stream from sample `start`, in order whatever the number of workers."""
+    threads = min(4, os.cpu_count() or 1)
+    stream = self.stream[start:].to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+    if self.workers:
+      stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=2))
+    return iter(stream)
+
+
+class _PackedIterator(grain.DatasetIterator):
+
+  def __init__(self, packed: _Packed):
+    super().__init__()
+    self._packed, self._samples = packed, None
+    self._restart(0, 0)
+
+  def _restart(self, start, row):
+    self._close_samples()
+    # Samples of the window are [start, next); rows of it before `row` are given out.
+    self._start, self._next, self._row, self._bins, self._examples, self._carried = start, start, row, None, [], None
+
+  def get_state(self):
+    return {'sample': self._start, 'row': self._row}
+
+  def set_state(self, state):
+    self._restart(int(state['sample']), int(state['row']))
+
+  def _close_samples(self):
+    if self._samples is not None:
+      self._samples.close()
+      self._samples = None
+
+  def close(self):
+    self._close_samples()
+    super().close()
+
+  def __next__(self):
+    rows, skips = [], []
+    while len(rows) < self._packed.rows:
+      if self._bins is not None and self._row == len(self._bins):
+        self._start, self._row, self._bins = self._next, 0, None
+      if self._bins is None:
+        met = self._fill()
+        skips += met if not self._row else []     # a window that was begun before a restart was counted then
+      take = self._bins[self._row:self._row + self._packed.rows - len(rows)]
+      rows += [(b, self._examples) for b in take]
+      self._row += len(take)
+    return packing.collate(rows, self._packed.shape), skips
+
+  def _fill(self) -> list[Skip]:
+    """Reads the next window of samples and packs it."""
+    shape, skips, self._examples = self._packed.shape, [], []
+    if self._samples is None:
+      self._samples = self._packed.samples(self._start)
+    patches = max(shape.vision_rows * shape.vision_patches, 1)
+    full = pixels = 0
+    while full < WINDOW_ROWS and pixels < WINDOW_BYTES:
+      sample = next(self._samples)
+      self._next += 1
+      if isinstance(sample, Skip):
+        skips.append(sample)
+        if not self._examples and len(skips) >= self._packed.epoch:
+          raise InputError(f'no row of the dataset can be used; the last: {sample.message}')
+        continue
+      self._examples.append(sample)
+      share = max(len(sample.token_T) / shape.tokens, len(sample.patch_PC) / patches)
+      full, pixels = full + (share if self._packed.together else 1), pixels + sample.patch_PC.nbytes
+    self._bins = packing.plan(self._examples, shape, self._packed.together)
+    return skips
+
+
+class _Cache:
+  """Least recently used samples within a number of bytes; safe between threads, empty after pickling."""
+
+  def __init__(self, limit: int):
+    self._limit, self._used, self._items, self._lock = limit, 0, collections.OrderedDict(), threading.Lock()
+
+  def __reduce__(self):
+    return _Cache, (self._limit,)
+
+  def get(self, key: int) -> Example | None:
+    with self._lock:
+      if key in self._items:
+        self._items.move_to_end(key)
+      return self._items.get(key)
+
+  def put(self, key: int, example: Example) -> None:
+    size = sum(a.nbytes for a in example if isinstance(a, np.ndarray))
+    with self._lock:
+      if size > self._limit or key in self._items:
+        return
+      self._items[key], self._used = example, self._used + size
+      while self._used > self._limit:
+        _, old = self._items.popitem(last=False)
+        self._used -= sum(a.nbytes for a in old if isinstance(a, np.ndarray))
+
+
+def _grey(example: Example) -> Example:
+  return example._replace(patch_PC=np.full_like(example.patch_PC, GREY))
