@@ -58,12 +58,16 @@ def train_batches(data, batch: int, seed: int, process_index: int = 0, process_c
   """
   if batch % process_count:
     raise InputError(f'train.batch={batch} rows are not divisible by {process_count} processes')
-  shape = row_shape(data, patch, merge)
   load = Load(data, patch, merge, strict)
-  stream = grain.MapDataset.range(len(load.rows)).seed(seed % 2**32).shuffle().repeat()
-  stream = stream[process_index::process_count].map(load)
+  stream = shuffled(load, seed, process_index, process_count)
   epoch = -(-len(load.rows) // process_count)
-  return Batches(_Packed(stream, shape, batch // process_count, data.pack, data.workers, epoch))
+  return Batches(Packed(stream, load.shape, batch // process_count, data.pack, data.workers, epoch))
+
+
+def shuffled(load: 'Load', seed: int, process_index: int, process_count: int) -> grain.MapDataset:
+  """The endless stream of samples of one process: each epoch in a new order, dealt out to the processes in turn."""
+  rows = grain.MapDataset.range(len(load.rows)).seed(seed % 2**32).shuffle().repeat()
+  return rows[process_index::process_count].map(load)
 
 
 def row_shape(data, patch: int = 14, merge: int = 2) -> packing.Shape:
@@ -133,7 +137,7 @@ class Load:
   def __init__(self, data, patch: int, merge: int, strict: bool):
     self.data, self.patch, self.merge, self.strict = data, patch, merge, strict
     self.rows, self.tokenizer, self.shape = sources.Rows(data.path), open_tokenizer(data), row_shape(data, patch, merge)
-    self._cache = _Cache((data.cache_mb << 20) // max(data.workers, 1))
+    self._cache = Cache((data.cache_mb << 20) // max(data.workers, 1))
 
   def __call__(self, i: int) -> Example | Skip:
     if (found := self._cache.get(i)) is not None:
@@ -162,7 +166,7 @@ class Batches:
   """Iterator of `Batch` with exact resume. `get_state()` is small and JSON-compatible; `set_state` continues with the
   batch that would have come next, also with another number of workers. `close()` ends threads and workers."""
 
-  def __init__(self, packed: '_Packed'):
+  def __init__(self, packed: 'Packed'):
     self._iter = iter(grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=2))
     self._reasons, self._last = collections.Counter(), collections.deque(maxlen=LAST)
 
@@ -191,7 +195,7 @@ class Batches:
     self._iter.close()
 
 
-class _Packed(grain.IterDataset):
+class Packed(grain.IterDataset):
   """Samples to (Batch, the skips met on the way). State: first sample of the window, rows of it already given out."""
 
   def __init__(self, stream: grain.MapDataset, shape, rows: int, together: bool, workers: int, epoch: int):
@@ -200,7 +204,7 @@ class _Packed(grain.IterDataset):
     self.workers = workers
 
   def __iter__(self):
-    return _PackedIterator(self)
+    return PackedIterator(self)
 
   def samples(self, start: int):
     """Iterator over the stream from sample `start`, in order whatever the number of workers."""
@@ -211,9 +215,9 @@ class _Packed(grain.IterDataset):
     return iter(stream)
 
 
-class _PackedIterator(grain.DatasetIterator):
+class PackedIterator(grain.DatasetIterator):
 
-  def __init__(self, packed: _Packed):
+  def __init__(self, packed: Packed):
     super().__init__()
     self._packed, self._samples = packed, None
     self._restart(0, 0)
@@ -273,14 +277,14 @@ class _PackedIterator(grain.DatasetIterator):
     return skips
 
 
-class _Cache:
+class Cache:
   """Least recently used samples within a number of bytes; safe between threads, empty after pickling."""
 
   def __init__(self, limit: int):
     self._limit, self._used, self._items, self._lock = limit, 0, collections.OrderedDict(), threading.Lock()
 
   def __reduce__(self):
-    return _Cache, (self._limit,)
+    return Cache, (self._limit,)
 
   def get(self, key: int) -> Example | None:
     with self._lock:
