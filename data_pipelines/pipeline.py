@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -164,17 +165,22 @@ class Load:
 
 class Batches:
   """Iterator of `Batch` with exact resume. `get_state()` is small and JSON-compatible; `set_state` continues with the
-  batch that would have come next, also with another number of workers. `close()` ends threads and workers."""
+  batch that would have come next, also with another number of workers. `close()` ends threads and workers; state and
+  stats stay readable."""
 
   def __init__(self, packed: 'Packed'):
-    self._iter = iter(grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=2))
+    live = [iter(grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=2))]
+    self._live, self._position = live, live[0].get_state()
+    # At exit too, and before modules are torn down: grain's own clean-up fails after that.
+    self.close = weakref.finalize(self, _shut, live)
     self._reasons, self._last = collections.Counter(), collections.deque(maxlen=LAST)
 
   def __iter__(self) -> 'Batches':
     return self
 
   def __next__(self) -> Batch:
-    batch, skips = next(self._iter)
+    batch, skips = next(self._iterator())
+    self._position = self._iterator().get_state()
     for skip in skips:
       self._reasons[skip.reason] += 1
       self._last.append(skip.message)
@@ -185,14 +191,22 @@ class Batches:
     return {'skipped': dict(sorted(self._reasons.items())), 'last': list(self._last)}
 
   def get_state(self) -> dict[str, Any]:
-    return {'position': self._iter.get_state(), **self.stats()}
+    return {'position': self._position, **self.stats()}
 
   def set_state(self, state: dict[str, Any]) -> None:
-    self._iter.set_state(dict(state['position']))
+    self._iterator().set_state(dict(state['position']))
+    self._position = self._iterator().get_state()
     self._reasons, self._last = collections.Counter(state['skipped']), collections.deque(state['last'], LAST)
 
-  def close(self) -> None:
-    self._iter.close()
+  def _iterator(self):
+    if not self._live:
+      raise ValueError('these batches are closed')
+    return self._live[0]
+
+
+def _shut(live):
+  while live:
+    live.pop().close()
 
 
 class Packed(grain.IterDataset):

@@ -47,6 +47,8 @@ class Rows:
   """
 
   def __init__(self, path: str | os.PathLike):
+    if not str(path):
+      raise InputError('data.path is empty: name a JSONL file with one conversation a row')
     self.path = pathlib.Path(path)
     if not self.path.is_file():
       raise InputError(f'{self.path}: no such file; give a JSONL file with one conversation a row')

@@ -18,11 +18,6 @@ class Clip(NamedTuple):
 
 
 @pytest.fixture(scope='module')
-def keye():
-  return tokenizer.load('')
-
-
-@pytest.fixture(scope='module')
 def small():
   return tokenizer.train_bpe([f'{i / 2:.1f}' for i in range(64)] + ['What digit is visible? Yes No'] * 9, 512)
 

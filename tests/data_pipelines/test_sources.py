@@ -72,6 +72,8 @@ def test_check_counts_good_rows(tmp_path):
 def test_missing_and_empty_files(tmp_path):
   with pytest.raises(InputError, match='no such file'):
     sources.Rows(tmp_path / 'none.jsonl')
+  with pytest.raises(InputError, match='data.path is empty'):
+    sources.Rows('')
   with pytest.raises(InputError, match='has no rows'):
     sources.Rows(folder(tmp_path, '\n'))
 

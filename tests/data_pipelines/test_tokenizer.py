@@ -13,11 +13,6 @@ TEXTS = ['Hello world', '你好，世界！这是一个视频。', '😀👨‍�
 
 
 @pytest.fixture(scope='module')
-def keye():
-  return tokenizer.load('')
-
-
-@pytest.fixture(scope='module')
 def small():
   times = [f'{i / 2:.1f}' for i in range(16)]
   return tokenizer.train_bpe(['The digit 3 is visible from 3.5 to 4.0 seconds.', *times] * 4, 512)
