@@ -97,7 +97,7 @@ def step(config: ModelConfig, params, cache: decoder.Cache, front: Frontier, sto
 stream_step = jax.jit(step, static_argnames=('config', 'stop', 'sampling'), donate_argnames='cache')
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'new_tokens', 'stop', 'sampling'), donate_argnames='cache')
+@functools.partial(jax.jit, static_argnames=('config', 'new_tokens', 'stop', 'sampling'))
 def decode(config: ModelConfig, params, cache: decoder.Cache, front: Frontier, new_tokens: int,
            stop: tuple[int, ...], sampling: Sampling, key):
   """Steps until every branch has ended or has `new_tokens` tokens: (token_BQN, logp_BQN, length_BQ)."""
@@ -150,8 +150,13 @@ def stream(config: ModelConfig, params, batch: Batch, last_BQ, new_tokens: int, 
     cache, front = stream_step(config, params, cache, front, stop, sampling, jax.random.fold_in(rest, n + 1))
 
 
-@jax.jit
 def decode_params(params):
-  """Layer stacks split into a tuple of layers: a decode step then reads each weight where it lies."""
+  """Layer stacks split into a tuple of layers where that pays: on a CPU, a scan over layers would copy each layer's
+  weights at every token, and a host has memory for the second copy."""
+  return _split_layers(params) if jax.default_backend() == 'cpu' else params
+
+
+@jax.jit
+def _split_layers(params):
   L = jax.tree.leaves(params['layers'])[0].shape[0]
   return params | {'layers': tuple(jax.tree.map(lambda a: a[i], params['layers']) for i in range(L))}

@@ -1,0 +1,80 @@
+"""Generation equals picking from full forward passes, for every branch of every row."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from keye_jax.nn import head, keye
+from keye_jax.rollout import sampler
+from tests.nn import batches
+
+CONFIG = dataclasses.replace(batches.CONFIG, attention='sparse')
+STOP = (7,)
+
+
+@pytest.fixture(scope='module')
+def params():
+  p = keye.init(CONFIG, jax.random.key(3))
+  return p | {'head': p['head'] * 4}       # decided enough for greedy choices not to hang on the last bit
+
+
+def prompts():
+  rng = np.random.default_rng(5)
+  samples = [batches.sample(rng, 2, (2, 4), 3, (2, 4)), batches.sample(rng, 1, (2, 4), 2, (5,))]
+  last = np.full((2, 2), -1)
+  for b, s in enumerate(samples):
+    branch = np.asarray(s['branch'])
+    for q in range(branch.max()):
+      last[b, q] = np.flatnonzero(branch == q + 1)[-1]
+  return samples, last
+
+
+def greedy_by_full_passes(params, s, branch, new):
+  """Appends one token at a time to a row that holds this branch alone."""
+  keep = [i for i, x in enumerate(s['branch']) if x in (0, branch)]
+  s = {k: [v[i] for i in keep] if k in ('token', 'position', 'branch', 'vision') else v for k, v in s.items()}
+  out = []
+  forward = jax.jit(lambda p, b: head.logits(*keye.apply(CONFIG, p, b)[:2]))
+  for _ in range(new):
+    logits = forward(params, batches.pack([[s]], 32, 2, 8))
+    token = int(jnp.argmax(logits[0, len(s['token']) - 1]))
+    out.append(token)
+    if token in STOP:
+      break
+    for k, v in dict(token=token, position=tuple(np.add(s['position'][-1], 1)), branch=branch, vision=-1).items():
+      s[k].append(v)
+  return out
+
+
+def test_greedy_branches(params):
+  samples, last = prompts()
+  got = sampler.generate(CONFIG, params, batches.pack([[s] for s in samples], 24, 2, 8), last, 5, STOP)
+  for b, s in enumerate(samples):
+    for q in range(2):
+      n = int(got.length_BQ[b, q])
+      expected = greedy_by_full_passes(params, s, q + 1, 5) if last[b, q] >= 0 else []
+      assert got.token_BQN[b, q, :n].tolist() == expected
+      assert not got.token_BQN[b, q, n:].any()
+
+
+def test_stream_is_generate(params):
+  samples, last = prompts()
+  batch = batches.pack([[s] for s in samples], 24, 2, 8)
+  sampling = sampler.Sampling(temperature=1.0, top_k=8, top_p=0.9)
+  whole = sampler.generate(CONFIG, params, batch, last, 5, STOP, sampling, seed=4)
+  steps = list(sampler.stream(CONFIG, params, batch, last, 5, STOP, sampling, seed=4))
+  np.testing.assert_array_equal(np.stack([t * a for t, a in steps], -1), whole.token_BQN[..., :len(steps)])
+  again = sampler.generate(CONFIG, params, batch, last, 5, STOP, sampling, seed=4)
+  np.testing.assert_array_equal(again.token_BQN, whole.token_BQN)
+  other = sampler.generate(CONFIG, params, batch, last, 5, STOP, sampling, seed=5)
+  assert (other.token_BQN != whole.token_BQN).any()
+
+
+def test_draw_keeps_what_it_should():
+  logits = jnp.log(jnp.asarray([[[.5, .3, .15, .05]]]))
+  for sampling, allowed in ((sampler.Sampling(1., top_k=2), {0, 1}), (sampler.Sampling(1., top_p=.6), {0, 1}),
+                            (sampler.Sampling(1., top_p=.1), {0}), (sampler.Sampling(0.), {0})):
+    draw = jax.vmap(lambda k: sampler.draw(logits, sampling, k)[0][0, 0])
+    assert set(np.asarray(draw(jax.random.split(jax.random.key(0), 200))).tolist()) == allowed
