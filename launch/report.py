@@ -55,7 +55,7 @@ th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #e5e7
 th:first-child, td:first-child { text-align: left; } thead th { font-weight: 600; border-bottom: 2px solid #9ca3af; }
 tr.main { background: #eff6ff; font-weight: 600; } small { color: #6b7280; font-weight: 400; white-space: nowrap; }
 figure { margin: 0; } figcaption { font-weight: 600; margin-bottom: .3rem; } .pair { display: grid;
-grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); gap: 1.2rem; } svg { width: 100%; height: auto; }
+grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); gap: 1.2rem; } svg { width: 100%; height: auto; }
 svg text { font: 11px system-ui, sans-serif; fill: #6b7280; } svg image { image-rendering: pixelated; }
 .ok { color: #15803d; } .bad { color: #b91c1c; } .clip { margin: 1.4rem 0 2rem; } .note { color: #6b7280; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; } dt { color: #6b7280; } dd { margin: 0; }
