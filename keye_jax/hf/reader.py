@@ -104,6 +104,12 @@ def load(source: Source, cfg: ModelConfig, fmt: names.Format, dtype: str = 'floa
   """Nested dict of parameters of `cfg` from stored tensors in format `fmt`."""
   tensors = names.table(cfg, fmt, names.expert_layout(cfg, fmt, source.shapes))
   check(tensors, source)
+  return build(tensors, source, dtype, place)
+
+
+def build(tensors: list[names.Tensor], source: Source, dtype: str = 'float32', place: Place | None = None
+          ) -> dict[str, Any]:
+  """Nested dict of the parameters that a checked table fills."""
   place = place or (lambda path, shape, dtype, fetch: fetch(tuple(slice(0, n) for n in shape)))
   rows = {t.name: t.shape[0] for t in tensors}
   out: dict[str, Any] = {}

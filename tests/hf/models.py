@@ -10,7 +10,8 @@ from keye_jax.hf import names
 TEXT = TextConfig(layers=2, embed=24, heads=4, kv_heads=2, head_dim=8, vocab=320, ffn=20, experts=4,
                   experts_per_token=2, rope_theta=1e4, max_position=512)
 KEYE = ModelConfig(
-    text=dataclasses.replace(TEXT, mrope_section=(2, 1, 1), dense_ffn=40, indexer=IndexerConfig(3, 4, 8)),
+    text=dataclasses.replace(TEXT, mrope_section=(2, 1, 1), dense_ffn=40,
+                             indexer=IndexerConfig(heads=3, head_dim=8, topk=8)),
     vision=VisionConfig(layers=2, embed=16, heads=2, ffn=28, patch=14, image=56, merge=2, packing_positions=6,
                         projector_eps=1e-6, mean=0.4, std=0.3),
     attention='sparse')
