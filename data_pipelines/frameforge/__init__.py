@@ -1,0 +1,6 @@
+"""FrameForge: real H.264 files of handwritten digits over real moving backgrounds, with questions that have exact answers.
+
+    data_pipelines.frameforge.build('data/frameforge')       # train.jsonl, heldout.jsonl, images.jsonl and their media
+"""
+from data_pipelines.frameforge.build import build as build
+from data_pipelines.frameforge.sheet import contact_sheet as contact_sheet

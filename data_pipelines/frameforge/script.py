@@ -1,0 +1,135 @@
+"""What happens in a clip, and what can be asked about it: digits that appear and disappear, with exact answers.
+
+Times are counted in half seconds, the distance of sampled frames at 2 frames a second. A clip has slots, stretches of
+time that do not touch; in a slot one digit is shown, or two side by side in a clip that asks about co-occurrence.
+"""
+from typing import NamedTuple
+
+import numpy as np
+
+HALF = 0.5                     # seconds
+LENGTHS = range(11, 17)        # of a clip; four slots of two and three gaps need eleven
+SLOTS = (2, 3, 4)
+PAIR_SHARE = 0.25              # of clips: those with two digits at once
+ALONE, LEFT, RIGHT = range(3)  # where on the screen
+
+
+class Event(NamedTuple):
+  digit: int
+  start: int                   # half seconds; it is visible in the sampled frames start ... end - 1
+  end: int
+  place: int                   # ALONE, LEFT or RIGHT
+
+  @property
+  def interval(self) -> list[float]:
+    return [self.start * HALF, self.end * HALF]
+
+
+class Question(NamedTuple):
+  type: str                    # digit, count, order, cooccur or ground
+  text: str
+  answer: str
+  interval: list[float] | None = None      # seconds, of the asked event; only for ground
+  others: tuple[list[float], ...] = ()     # of the clip's other events; only for ground
+
+
+class Script(NamedTuple):
+  length: int                  # half seconds
+  events: tuple[Event, ...]    # in the order of their start
+  questions: tuple[Question, ...]
+
+
+def write(rng: np.random.Generator) -> Script:
+  """A clip with its questions. An event lasts 10-25% of the clip."""
+  length = int(rng.choice(LENGTHS))
+  if rng.random() < PAIR_SHARE:
+    return _pair_clip(rng, length)
+  return _sequence_clip(rng, length)
+
+
+def write_still(rng: np.random.Generator) -> Script:
+  """A single picture: one digit, two side by side, or none."""
+  kind, a, b = rng.random(), *map(int, rng.choice(10, 2, replace=False))
+  if kind < 0.7:
+    events, answer = (Event(a, 0, 1, ALONE),), str(a)
+  elif kind < 0.9:
+    events, answer = (Event(a, 0, 1, LEFT), Event(b, 0, 1, RIGHT)), f'{a} and {b}'
+  else:
+    events, answer = (), 'none'
+  return Script(1, events, (Question('digit', 'Which digits are shown?', answer),))
+
+
+def slots(rng: np.random.Generator, length: int, count: int) -> list[tuple[int, int]]:
+  """`count` stretches of 2 ... length/4 half seconds with gaps of at least one, uniform over all arrangements."""
+  size = rng.integers(2, length // 4 + 1, count)
+  free = length - size.sum() - (count - 1)
+  if free < 0:
+    size, free = np.full(count, 2), length - 3 * count + 1
+  before = np.sort(rng.choice(free + count, count, replace=False)) - np.arange(count)
+  start = before + np.concatenate([[0], np.cumsum(size + 1)[:-1]])
+  return [(int(s), int(s + n)) for s, n in zip(start, size)]
+
+
+def _sequence_clip(rng, length) -> Script:
+  """One digit at a time, at least two different ones; one of them may come twice or three times."""
+  count = int(rng.choice(SLOTS))
+  repeats = int(rng.integers(1, count))
+  different = rng.permutation(10)
+  shown = rng.permutation([different[0]] * repeats + list(different[1:count - repeats + 1])).tolist()
+  events = tuple(Event(d, *slot, ALONE) for d, slot in zip(shown, slots(rng, length, count)))
+  once = [e for e in events if shown.count(e.digit) == 1]
+  once = [once[i] for i in rng.permutation(len(once))]
+  absent = int(different[-1])
+  asked = absent if repeats == 1 and rng.random() < 0.5 else int(different[0])
+  at = [events[i] for i in rng.permutation(count)[:2]]
+  questions = [
+      Question('count', 'How many digits appear?', str(count)),
+      Question('count', f'How many times does {asked} appear?', str(shown.count(asked))),
+      _end(rng, events), *(_at(rng, e) for e in at),
+      *(Question('ground', f'When does {e.digit} appear?', span(e), e.interval,
+                 tuple(o.interval for o in events if o is not e)) for e in once[:2])]
+  if len(once) > 1:
+    questions.append(_order(*once[:2]))
+  return _shuffled(rng, length, events, questions)
+
+
+def _pair_clip(rng, length) -> Script:
+  """Two digits side by side in one slot, one digit in each other slot, all different."""
+  count = int(rng.choice((2, 3)))
+  times, pair = slots(rng, length, count), int(rng.integers(count))
+  different = rng.permutation(10).tolist()
+  a, b, singles = different[0], different[1], different[2:count + 1]
+  events = []
+  for i, slot in enumerate(times):
+    events += [Event(a, *slot, LEFT), Event(b, *slot, RIGHT)] if i == pair else [Event(singles.pop(), *slot, ALONE)]
+  alone = [e for e in events if e.place == ALONE]
+  other = alone[rng.integers(len(alone))]
+  of_pair = events[pair + rng.integers(2)]
+  together = [(a, b), (of_pair.digit, other.digit)]
+  questions = [Question('cooccur', 'Are {} and {} shown together?'.format(*rng.permutation(two)), answer)
+               for two, answer in zip(together, ('yes', 'no'))]
+  questions += [_at(rng, other), _order(*((other, of_pair) if rng.random() < 0.5 else (of_pair, other)))]
+  return _shuffled(rng, length, tuple(events), questions)
+
+
+def span(event: Event) -> str:
+  return '{:.1f} - {:.1f}'.format(*event.interval)
+
+
+def _end(rng, events) -> Question:
+  first = rng.random() < 0.5
+  return Question('digit', f'Which digit appears {"first" if first else "last"}?', str(events[0 if first else -1].digit))
+
+
+def _at(rng, event) -> Question:
+  seconds = int(rng.integers(event.start, event.end)) * HALF
+  return Question('digit', f'Which digit is shown at {seconds:.1f}?', str(event.digit))
+
+
+def _order(a: Event, b: Event) -> Question:
+  return Question('order', f'Does {a.digit} appear before or after {b.digit}?',
+                  'before' if a.start < b.start else 'after')
+
+
+def _shuffled(rng, length, events, questions) -> Script:
+  return Script(length, events, tuple(questions[i] for i in rng.permutation(len(questions))))
