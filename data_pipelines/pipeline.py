@@ -174,12 +174,13 @@ class Batches:
     # At exit too, and before modules are torn down: grain's own clean-up fails after that.
     self.close = weakref.finalize(self, _shut, live)
     self._reasons, self._last = collections.Counter(), collections.deque(maxlen=LAST)
+    self.sources: list[str] = []         # file:row of every sample in the last batch
 
   def __iter__(self) -> 'Batches':
     return self
 
   def __next__(self) -> Batch:
-    batch, skips = next(self._iterator())
+    batch, skips, self.sources = next(self._iterator())
     self._position = self._iterator().get_state()
     for skip in skips:
       self._reasons[skip.reason] += 1
@@ -210,7 +211,8 @@ def _shut(live):
 
 
 class Packed(grain.IterDataset):
-  """Samples to (Batch, the skips met on the way). State: first sample of the window, rows of it already given out."""
+  """Samples to (Batch, the skips met on the way, the batch's sources). State: first sample of the window, rows of it
+  already given out."""
 
   def __init__(self, stream: grain.MapDataset, shape, rows: int, together: bool, workers: int, epoch: int):
     super().__init__()
@@ -267,7 +269,8 @@ class PackedIterator(grain.DatasetIterator):
       take = self._bins[self._row:self._row + self._packed.rows - len(rows)]
       rows += [(b, self._examples) for b in take]
       self._row += len(take)
-    return packing.collate(rows, self._packed.shape), skips
+    names = [examples[item].source for bin_, examples in rows for item, _ in bin_.items]
+    return packing.collate(rows, self._packed.shape), skips, names
 
   def _fill(self) -> list[Skip]:
     """Reads the next window of samples and packs it."""

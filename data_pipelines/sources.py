@@ -5,12 +5,14 @@
 
 `<video>` and `<image>` in user content take the next of "videos" and "images". With "branches": [[messages], ...] each
 branch continues "messages" on its own (several questions about one clip); when the row has branches, "messages" comes
-first in the order of media. Any other key rides along untouched for evaluation.
+first in the order of media. Any other key rides along untouched for evaluation; in a row with branches, a list as long
+as the branches holds one item for each.
 """
 import json
 import os
 import pathlib
 import threading
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,6 +139,15 @@ def check(path: str | os.PathLike) -> int:
   for i in range(len(rows)):
     rows[i]
   return len(rows)
+
+
+def texts(path: str | os.PathLike) -> Iterator[str]:
+  """Every text of the conversations of a file, for training a vocabulary. Raises BadRow at a row that cannot be used."""
+  rows = Rows(path)
+  for i in range(len(rows)):
+    row = rows[i]
+    for turn in [*row.trunk, *(turn for branch in row.branches for turn in branch)]:
+      yield from (value for kind, value in turn.parts if kind == 'text')
 
 
 def fingerprint(path: str | os.PathLike) -> str:

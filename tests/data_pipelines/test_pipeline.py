@@ -70,7 +70,9 @@ def test_shapes_and_one_epoch_holds_every_good_row_once(path):
     batch = next(it)
     assert batch.token_BT.shape == (2, 96) and batch.patch_BRNC.shape == (2, 1, 48, 588)
     assert batch.frame_BRN.dtype == np.int32 and batch.weight_BT.dtype == np.float32
-    seen += [int(text.rsplit(' ', 1)[1].split('<')[0]) for text in samples_of(batch, small)]
+    here = [int(text.rsplit(' ', 1)[1].split('<')[0]) for text in samples_of(batch, small)]
+    assert it.sources == [f'{path}:{i + 1}' for i in here]
+    seen += here
   it.close()
   # A window is filled as a whole, so an epoch's samples are all among the first windows' samples.
   assert set(seen) <= set(range(24)) - {4, 9} and len(seen) >= 22

@@ -69,6 +69,10 @@ def test_check_counts_good_rows(tmp_path):
   assert sources.check(folder(tmp_path, GOOD, GOOD)) == 2
 
 
+def test_texts_are_what_is_said(tmp_path):
+  assert list(sources.texts(folder(tmp_path, GOOD))) == ['x', 'one', '1', 'two', '2']
+
+
 def test_missing_and_empty_files(tmp_path):
   with pytest.raises(InputError, match='no such file'):
     sources.Rows(tmp_path / 'none.jsonl')
