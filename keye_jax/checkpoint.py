@@ -40,7 +40,6 @@ class Restored(NamedTuple):
 class Params(NamedTuple):
   step: int
   params: dict[str, Any]     # nested dict
-  missing: list[str]         # paths that `like` has and the checkpoint has not
 
 
 class Checkpoints:
@@ -140,26 +139,25 @@ class Checkpoints:
     return Restored(int(path.name), state, host)
 
 
-def load_params(run: str | os.PathLike, like: Any, report: Callable[[str], None],
-                optional: Callable[[str], bool] = lambda path: False) -> Params:
+def load_params(run: str | os.PathLike, like: Any, report: Callable[[str], None]) -> Params:
   """Parameters of a run folder's newest whole checkpoint, trained and frozen merged, without the optimizer.
 
-  like: nested dict of ShapeDtypeStructs (dtype and sharding to load in). optional: paths that one side may lack.
+  like: nested dict of ShapeDtypeStructs (dtype and sharding to load in). report: told of damaged checkpoints.
   Raises InputError when there is no whole checkpoint and when keys or shapes do not fit `like`.
   """
   found = _newest(pathlib.Path(run).absolute() / FOLDER, report)
   if found is None:
     raise InputError(f'{run}: there is no whole checkpoint in this run folder')
   path, _ = found
-  parts = {name.split('/', 1)[1]: name.split('/', 1)[0] for name in _stored_shapes(path)
-           if name.startswith(('train/', 'frozen/'))}
-  stored = {name: _stored_shapes(path)[f'{part}/{name}'] for name, part in parts.items()}
-  wanted = _shapes(like)
-  _check_fit(path, stored, wanted, optional)
+  shapes, parts = {}, {}
+  for stored, shape in _stored_shapes(path).items():
+    part, _, name = stored.partition('/')
+    if part in ('train', 'frozen'):
+      shapes[name], parts[name] = shape, part
+  _check_fit(path, shapes, _shapes(like))
   tree = {}
   for keys, leaf in jax.tree_util.tree_flatten_with_path(_concrete(like))[0]:
-    if (name := _name(keys)) in parts:
-      _put(tree, (parts[name], *name.split('/')), leaf)
+    _put(tree, (parts[_name(keys)], *_name(keys).split('/')), leaf)
   context = ocp.Context()
   context.pytree.loading.partial_load = True
   with context:
@@ -167,7 +165,7 @@ def load_params(run: str | os.PathLike, like: Any, report: Callable[[str], None]
   params = {}
   for keys, leaf in jax.tree_util.tree_flatten_with_path(loaded)[0]:
     _put(params, _name(keys).split('/')[1:], leaf)
-  return Params(int(path.name), params, sorted(wanted.keys() - stored.keys()))
+  return Params(int(path.name), params)
 
 
 def is_run(folder: str | os.PathLike) -> bool:
@@ -289,11 +287,11 @@ def _stored_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
   return {_name(keys): tuple(leaf.shape) for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def _check_fit(path, stored: dict, wanted: dict, optional: Callable[[str], bool] = lambda path: False) -> None:
+def _check_fit(path: pathlib.Path, stored: dict, wanted: dict) -> None:
   faults = [f'{n} has shape {stored[n]} there and {wanted[n]} in this model' for n in sorted(stored.keys() & wanted)
             if stored[n] != wanted[n]]
-  faults += [f'{n} is missing there' for n in sorted(wanted.keys() - stored) if not optional(n)]
-  faults += [f'{n} is there but not in this model' for n in sorted(stored.keys() - wanted) if not optional(n)]
+  faults += [f'{n} is missing there' for n in sorted(wanted.keys() - stored)]
+  faults += [f'{n} is there but not in this model' for n in sorted(stored.keys() - wanted)]
   if faults:
     more = f' (and {len(faults) - 1} more)' if len(faults) > 1 else ''
     raise InputError(f'{path}: this checkpoint does not fit: {faults[0]}{more}')

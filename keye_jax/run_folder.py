@@ -1,0 +1,81 @@
+"""The folder of a run: its resolved config, and one trainer at a time.
+
+    RUN/config.json       the resolved config, every key
+    RUN/checkpoints/      see checkpoint.py          RUN/metrics.jsonl, RUN/tensorboard/   see metrics.py
+"""
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+from typing import Any
+
+from data_pipelines.errors import InputError
+from keye_jax.config import RunConfig, freeze
+
+CONFIG = 'config.json'
+LOCK = '.lock'
+# Keys that may change between the runs of one folder: how long, how often, on what mesh, and where the data lie. What
+# is in the data is compared by its fingerprint.
+FREE = ('train.steps', 'train.log_every', 'train.save_every', 'train.keep', 'train.max_bad_steps', 'mesh.data',
+        'mesh.context', 'mesh.expert', 'data.path', 'data.tokenizer', 'data.cache_mb', 'data.workers')
+
+
+def read_config(run: str | os.PathLike) -> RunConfig:
+  """Raises InputError when the folder has no config.json or one that this version does not understand."""
+  path = pathlib.Path(run) / CONFIG
+  try:
+    return freeze(RunConfig, json.loads(path.read_text()))
+  except FileNotFoundError:
+    raise InputError(f'{path}: no such file; {run} is not the folder of a run') from None
+  except ValueError as e:
+    raise InputError(f'{path}: {e}') from None
+
+
+def write_config(run: str | os.PathLike, config: RunConfig) -> None:
+  path = pathlib.Path(run) / CONFIG
+  part = path.with_suffix('.part')
+  part.write_text(json.dumps(dataclasses.asdict(config), indent=2) + '\n')
+  part.replace(path)
+
+
+def check_same(run: str | os.PathLike, config: RunConfig) -> list[str]:
+  """Compares with the config that the run folder was trained with so far.
+
+  Returns 'key: old -> new' for the keys that may differ and do. Raises InputError naming every other one.
+  """
+  changed = differences(read_config(run), config)
+  if refused := {k: v for k, v in changed.items() if k not in FREE}:
+    text = '; '.join(f'{k} was {old!r}, now {new!r}' for k, (old, new) in refused.items())
+    raise InputError(f'{run}: this run was started with another config: {text}. Use the same, or another --out')
+  return [f'{k}: {old!r} -> {new!r}' for k, (old, new) in changed.items()]
+
+
+def differences(old: Any, new: Any, path: str = '') -> dict[str, tuple[Any, Any]]:
+  """{'train.steps': (old, new)} of two dataclasses of one type."""
+  found = {}
+  for field in dataclasses.fields(old):
+    a, b, name = getattr(old, field.name), getattr(new, field.name), f'{path}{field.name}'
+    if dataclasses.is_dataclass(a):
+      found |= differences(a, b, f'{name}.')
+    elif a != b:
+      found[name] = (a, b)
+  return found
+
+
+def lock(run: str | os.PathLike) -> Any:
+  """Holds the folder until the returned file is closed or the process ends, however it ends.
+
+  Raises InputError when another process trains in it.
+  """
+  path = pathlib.Path(run)
+  path.mkdir(parents=True, exist_ok=True)
+  file = open(path / LOCK, 'a')
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.close()
+    raise InputError(f'{run}: another process is training in this folder; give another --out') from None
+  except OSError:
+    pass              # some network file systems have no locks
+  return file
