@@ -1,4 +1,4 @@
-"""FrameForge: real H.264 files of handwritten digits over real moving backgrounds, with questions that have exact answers.
+"""FrameForge: real H.264 files of handwritten digits over real backgrounds, with questions that have exact answers.
 
     data_pipelines.frameforge.build('data/frameforge')       # train.jsonl, heldout.jsonl, images.jsonl and their media
 """

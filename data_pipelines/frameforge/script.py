@@ -117,8 +117,8 @@ def span(event: Event) -> str:
 
 
 def _end(rng, events) -> Question:
-  first = rng.random() < 0.5
-  return Question('digit', f'Which digit appears {"first" if first else "last"}?', str(events[0 if first else -1].digit))
+  word, event = ('first', events[0]) if rng.random() < 0.5 else ('last', events[-1])
+  return Question('digit', f'Which digit appears {word}?', str(event.digit))
 
 
 def _at(rng, event) -> Question:

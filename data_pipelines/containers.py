@@ -1,0 +1,174 @@
+"""Video files below the level of sampling: the time of every frame without decoding, and decoding of chosen frames.
+
+Letters: N frames of the file, K keyframes, F wanted frames. A time is an integer in units of the stream's time base.
+"""
+import contextlib
+import fractions
+import math
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import av
+import numpy as np
+from av.stream import Disposition
+
+from data_pipelines.errors import InputError
+
+SEEK_FRAMES = 16          # a seek that saves fewer frames than this costs more than decoding them
+THREADS_FROM = 640 * 480  # pixels of a frame, from which decoding in several threads pays
+
+
+class Times(NamedTuple):
+  """When the frames of a file's first video stream are shown."""
+  pts_N: np.ndarray       # int64, rising
+  key_K: np.ndarray       # int64, times of the keyframes, where decoding can start
+  time_base: fractions.Fraction
+  seconds: float          # from the first frame to the end of the last
+  counted: bool           # the container has no times: frames were counted, pts_N is 0, 1, 2, ...
+
+  @property
+  def fps(self) -> float:
+    return len(self.pts_N) / self.seconds
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike):
+  """(container, first video stream), closed at the end. Cover pictures of audio files are not video streams.
+
+  Raises InputError naming the file when it is missing, empty, not a media file or has no video stream.
+  """
+  if not os.path.isfile(path):
+    raise InputError(f'{path}: no such video file')
+  if not os.path.getsize(path):
+    raise InputError(f'{path}: the video file is empty')
+  try:
+    # An absolute path and this option keep a name or a playlist from opening anything but files.
+    container = av.open(os.path.abspath(path), options={'protocol_whitelist': 'file'})
+  except (av.FFmpegError, OSError) as e:
+    raise InputError(f'{path}: not a readable video, damaged or truncated ({_reason(e)})') from None
+  with container:
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams:
+      raise InputError(f'{path}: no video stream' + (', only audio' if container.streams.audio else ''))
+    if streams[0].codec_context is None:
+      raise InputError(f'{path}: no decoder for the video stream')
+    yield container, streams[0]
+
+
+def read_times(path: str | os.PathLike, max_seconds: float = math.inf) -> Times:
+  """Reads all packets of the video stream, decoding nothing, or counts frames by decoding when packets have no times.
+
+  Raises InputError as `opened`, and when the stream has no frames, is longer than `max_seconds`, or when less than half
+  of what the header announces is there.
+  """
+  with opened(path) as (container, stream):
+    declared = float(stream.duration * stream.time_base) if stream.duration else 0.0
+    _check_length(path, declared, max_seconds)
+    packets, shown = 0, []
+    with contextlib.suppress(av.FFmpegError):        # what comes before the damage counts
+      for packet in container.demux(stream):
+        if packet.size:
+          packets += 1
+          if not packet.is_discard:                  # cut away by an edit list
+            shown.append((packet.pts, packet.duration or 0, packet.is_keyframe))
+    frames, rate, time_base = stream.frames, stream.average_rate or stream.guessed_rate or 25, stream.time_base
+  if 2 * packets < frames:
+    raise InputError(f'{path}: truncated, only {packets} of {frames} frames are there; copy the file again')
+  if any(pts is None for pts, _, _ in shown):
+    return _count(path, rate, max_seconds)
+  if not shown:
+    raise InputError(f'{path}: the video stream has no frames')
+  pts_N = np.unique(np.array([pts for pts, _, _ in shown], np.int64))
+  key_K = np.unique(np.array([pts for pts, _, is_key in shown if is_key], np.int64))
+  step = float(np.median(np.diff(pts_N))) if len(pts_N) > 1 else float(1 / (rate * time_base))
+  seconds = float((pts_N[-1] - pts_N[0] + (max(shown)[1] or step)) * time_base)
+  if declared > 2 * seconds and packets != frames:
+    raise InputError(f'{path}: truncated, only {seconds:.1f} of {declared:.1f} seconds are there; copy the file again')
+  if packets == frames:                              # complete: the last frame may be held longer than its packet says
+    seconds = max(seconds, declared)
+  _check_length(path, seconds, max_seconds)
+  return Times(pts_N, key_K, time_base, seconds, False)
+
+
+def decode(path: str | os.PathLike, times: Times, pts_F: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
+  """(index into pts_F, frame) for the wanted times, which must rise. Frames that cannot be decoded are left out."""
+  place = {int(pts): i for i, pts in enumerate(pts_F)}
+  with opened(path) as (container, stream):
+    if stream.codec_context.width * stream.codec_context.height >= THREADS_FROM:
+      stream.thread_type = 'AUTO'
+    if times.counted:
+      for i, frame in enumerate(_decoded(container, stream)):
+        if i in place:
+          yield place[i], frame
+        if i >= pts_F[-1]:
+          return
+    for key, run_F in [] if times.counted else runs(times, pts_F):
+      wanted = set(run_F.tolist())
+      for frame in _from(container, stream, key, int(times.pts_N[0]), wanted):
+        if frame.pts in wanted:
+          yield place[frame.pts], frame
+        if frame.pts is not None and frame.pts >= run_F[-1]:
+          break
+
+
+def runs(times: Times, pts_F: np.ndarray) -> list[tuple[int | None, np.ndarray]]:
+  """Wanted times in stretches that are decoded in one go, each with the keyframe to seek to (None: the start)."""
+  key_K = times.key_K if len(times.key_K) else times.pts_N[:1]
+  key_F = key_K[np.maximum(np.searchsorted(key_K, pts_F, 'right') - 1, 0)]
+  # Frames that a seek to the keyframe of a wanted frame would save, counted from the wanted frame before it.
+  before_F = np.concatenate([[-1], np.searchsorted(times.pts_N, pts_F[:-1])])
+  saved_F = np.searchsorted(times.pts_N, key_F) - before_F - 1
+  seeks = saved_F >= SEEK_FRAMES
+  bounds = np.flatnonzero(np.concatenate([[True], seeks[1:]]))
+  return [(int(key_F[a]) if seeks[a] else None, pts_F[a:b]) for a, b in zip(bounds, [*bounds[1:], len(pts_F)])]
+
+
+def _from(container, stream, key: int | None, start: int, wanted: set[int]) -> Iterator[av.VideoFrame]:
+  """Decoded frames from a keyframe on."""
+  if key is not None:
+    container.seek(key, stream=stream)
+    frames = _decoded(container, stream, wanted)
+    first = next(frames, None)
+    if first is not None and first.pts is not None and first.pts <= min(wanted):
+      yield first
+      yield from frames
+      return
+    container.seek(start, stream=stream)       # an index that is wrong: it led too far or nowhere
+  yield from _decoded(container, stream, wanted)
+
+
+def _decoded(container, stream, wanted: set[int] | None = None) -> Iterator[av.VideoFrame]:
+  """Frames in the order shown, from where the container is. Damaged packets are passed over."""
+  # A frame of H.264 that no other refers to is not decoded unless it is wanted. Other codecs do not promise that
+  # what is skipped is of no use to others.
+  skips = wanted is not None and stream.codec_context.name == 'h264'
+  with contextlib.suppress(av.FFmpegError):
+    for packet in container.demux(stream):
+      if skips:
+        stream.codec_context.skip_frame = 'DEFAULT' if packet.pts in wanted else 'NONREF'
+      try:
+        frames = packet.decode()
+      except av.FFmpegError:
+        continue
+      yield from frames
+
+
+def _count(path, rate, max_seconds) -> Times:
+  with opened(path) as (container, stream):
+    count = 0
+    for _ in _decoded(container, stream):
+      count += 1
+      _check_length(path, float(count / rate), max_seconds)
+  if not count:
+    raise InputError(f'{path}: no frame of the video can be decoded')
+  return Times(np.arange(count), np.zeros(1, np.int64), fractions.Fraction(1) / rate, float(count / rate), True)
+
+
+def _check_length(path, seconds, max_seconds):
+  if seconds > max_seconds:
+    raise InputError(f'{path}: {seconds:.0f} seconds of video, at most {max_seconds:.0f} are allowed; cut it')
+
+
+def _reason(error) -> str:
+  return getattr(error, 'strerror', None) or str(error)
