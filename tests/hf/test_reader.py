@@ -1,5 +1,6 @@
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -86,7 +87,9 @@ def test_blocks_are_those_of_the_whole(tmp_path, experts):
       start = [int(rng.integers(0, n)) for n in shape]
       index = tuple(slice(a, int(rng.integers(a + 1, n + 1))) for a, n in zip(start, shape))
       np.testing.assert_array_equal(fetch(index), writer.flatten(params)[path][index], err_msg=path)
-    assert dtype == np.float32 and fetch((slice(None),) * len(shape)).shape == shape
+    whole = fetch((slice(None),) * len(shape))
+    assert dtype == np.float32 and whole.shape == shape
+    assert jax.device_put(whole, jax.devices('cpu')[0]).unsafe_buffer_pointer() == whole.ctypes.data    # not copied
     return path
 
   tree = reader.load_folder(str(path), place=place).params
