@@ -150,7 +150,7 @@ class Load:
     except InputError as e:
       if self.strict:
         raise
-      message = str(e) if str(self.rows.path) in str(e) else f'{self.rows.where(i)}: {e}'
+      message = str(e) if str(e).startswith(str(self.rows.path)) else f'{self.rows.where(i)}: {e}'
       return Skip(getattr(e, 'reason', 'media'), message)
     self._cache.put(i, example)
     return example

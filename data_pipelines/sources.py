@@ -142,7 +142,7 @@ def check(path: str | os.PathLike) -> int:
 
 
 def texts(path: str | os.PathLike) -> Iterator[str]:
-  """Every text of the conversations of a file, for training a vocabulary. Raises BadRow at a row that cannot be used."""
+  """Every text of the conversations of a file, for training a vocabulary. Raises BadRow as `rows[i]` does."""
   rows = Rows(path)
   for i in range(len(rows)):
     row = rows[i]

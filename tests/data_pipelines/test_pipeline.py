@@ -11,6 +11,7 @@ from PIL import Image
 
 from data_pipelines import chat, pipeline, tokenizer
 from data_pipelines.errors import InputError
+from data_pipelines.frameforge import render
 from keye_jax.config import DataConfig
 
 WORDS = 'red green blue one two three four five'.split()
@@ -192,6 +193,29 @@ def test_grey_changes_pixels_and_nothing_else(path):
   for a, b in zip(plain, grey):
     assert set(np.unique(b.patch_BRNC[b.frame_BRN > 0])) == {pipeline.GREY}
     assert_same([a._replace(patch_BRNC=0)], [b._replace(patch_BRNC=0)])
+
+
+def test_clips_carry_their_times_and_a_broken_one_is_a_counted_skip(path, tmp_path):
+  frames_FHW3 = np.random.default_rng(0).integers(0, 256, (7, 56, 56, 3), np.uint8)
+  for name in ('good.mp4', 'broken.mp4'):
+    render.write_mp4(tmp_path / name, frames_FHW3, fps=4)           # 0, 0.25, ... 1.5, held to 2 seconds
+  (tmp_path / 'broken.mp4').write_bytes((tmp_path / 'good.mp4').read_bytes()[:300])
+  lines = [{'videos': [name], 'messages': [{'role': 'user', 'content': '<video>red?'},
+                                           {'role': 'assistant', 'content': 'blue'}]}
+           for name in ('good.mp4', 'broken.mp4')]
+  (tmp_path / 'd.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+  tokenizer.load(path.parent).save(tmp_path)
+  data = config(tmp_path / 'd.jsonl', vision_patches=64, frame_tokens_min=4, frame_tokens_max=4, pack=False)
+  it, small = pipeline.train_batches(data, 2, seed=0), tokenizer.load(tmp_path)
+  batch = take(it, 20)[-1]
+  it.close()
+  text = small.decode(batch.token_BT[0][batch.segment_BT[0] > 0])
+  frames = ''.join(f'<|frame|>{t}' + '<|video_pad|>' * 4 for t in ('0.0', '0.5', '1.0', '1.5'))
+  assert text == (f'<|im_start|>user\n<|vision_start|>{frames}<|vision_end|>red?<|im_end|>\n'
+                  '<|im_start|>assistant\nblue<|im_end|>\n')
+  assert batch.frame_BRN[0, 0].tolist() == [i for i in (1, 2, 3, 4) for _ in range(16)]
+  assert set(it.stats()['skipped']) == {'media'}
+  assert all(m.startswith(f'{tmp_path}/d.jsonl:2: {tmp_path}/broken.mp4: ') for m in it.stats()['last'])
 
 
 @pytest.mark.slow
