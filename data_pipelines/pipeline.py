@@ -1,4 +1,4 @@
-"""From a JSONL file to training batches and evaluation prompts, on grain.
+"""From a JSONL file to training batches and evaluation prompts, on grain (which imports jax; nothing here uses it).
 
 rows -> shuffle, a new order each epoch -> this process's slice -> load media and tokenise (threads, or worker
 processes) -> pack a window of samples into rows -> batch -> one prefetch thread.
