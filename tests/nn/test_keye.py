@@ -73,8 +73,8 @@ def test_branches_share_a_trunk(params, mode):
     assert_close(row[at], alone[trunk:trunk + n], what=f'{mode} branch {b}')
 
 
-@pytest.mark.parametrize('mode', ('dense', 'sparse'))
-@pytest.mark.parametrize('split', (False, True))
+@pytest.mark.parametrize('mode, split', [('sparse', True), pytest.param('sparse', False, marks=pytest.mark.slow),
+                                         pytest.param('dense', True, marks=pytest.mark.slow)])
 def test_cached_decode_is_full_forward(params, mode, split):
   config = with_mode(mode)
   batch = batches.mixed()
@@ -142,8 +142,9 @@ def test_indexer_learns_from_its_own_loss_only(params):
     assert (float(jnp.abs(g).max()) > 0) == is_indexer(path), path
 
 
-@pytest.mark.parametrize('mode, shape', [('sparse', (1, 1, 1)), ('sparse', (2, 1, 4)), ('warmup', (1, 4, 2)),
-                                         ('dense', (2, 2, 2)), ('sparse', (2, 2, 2))])
+@pytest.mark.parametrize('mode, shape', [
+    ('sparse', (2, 2, 2)), *(pytest.param(m, s, marks=pytest.mark.slow) for m, s in (
+        ('sparse', (1, 1, 1)), ('sparse', (2, 1, 4)), ('warmup', (1, 4, 2)), ('dense', (2, 2, 2))))])
 def test_meshes_agree(params, mode, shape):
   """Loss and gradients on every mesh equal those of one device without a mesh."""
   batch = batches.mixed(B=8)
