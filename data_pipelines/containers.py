@@ -4,6 +4,7 @@ Letters: N frames of the file, K keyframes, F wanted frames. A time is an intege
 """
 import contextlib
 import fractions
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from data_pipelines.errors import InputError
 
 SEEK_FRAMES = 16          # a seek that saves fewer frames than this costs more than decoding them
 THREADS_FROM = 640 * 480  # pixels of a frame, from which decoding in several threads pays
+# What reading a damaged file raises; IndexError when a transport stream announces streams in its middle.
+DAMAGE = (av.FFmpegError, IndexError)
 
 
 class Times(NamedTuple):
@@ -44,7 +47,7 @@ def opened(path: str | os.PathLike):
     raise InputError(f'{path}: the video file is empty')
   try:
     # An absolute path and this option keep a name or a playlist from opening anything but files.
-    container = av.open(os.path.abspath(path), options={'protocol_whitelist': 'file'})
+    container = av.open(os.path.abspath(path), options={'protocol_whitelist': 'file'}, metadata_errors='replace')
   except (av.FFmpegError, OSError) as e:
     raise InputError(f'{path}: not a readable video, damaged or truncated ({_reason(e)})') from None
   with container:
@@ -63,19 +66,25 @@ def read_times(path: str | os.PathLike, max_seconds: float = math.inf) -> Times:
   of what the header announces is there.
   """
   with opened(path) as (container, stream):
-    declared = float(stream.duration * stream.time_base) if stream.duration else 0.0
+    declared = _declared(stream)
     _check_length(path, declared, max_seconds)
-    packets, shown = 0, []
-    with contextlib.suppress(av.FFmpegError):        # what comes before the damage counts
+    packets, shown, dts = 0, [], []
+    with contextlib.suppress(*DAMAGE):               # what comes before it counts
       for packet in container.demux(stream):
         if packet.size:
           packets += 1
+          dts.append(packet.dts)
           if not packet.is_discard:                  # cut away by an edit list
             shown.append((packet.pts, packet.duration or 0, packet.is_keyframe))
-    frames, rate, time_base = stream.frames, stream.average_rate or stream.guessed_rate or 25, stream.time_base
+    # AVI has no presentation times; those made up for it are wrong when frames are stored out of order. Recordings
+    # put together may begin anew in the middle.
+    timeless = (container.format.name == 'avi' and stream.codec_context.has_b_frames
+                or any(pts is None for pts, _, _ in shown)
+                or any(b < a for a, b in itertools.pairwise(t for t in dts if t is not None)))
+    frames, rate, time_base = stream.frames, stream.guessed_rate or stream.average_rate or 25, stream.time_base
   if 2 * packets < frames:
     raise InputError(f'{path}: truncated, only {packets} of {frames} frames are there; copy the file again')
-  if any(pts is None for pts, _, _ in shown):
+  if timeless:
     return _count(path, rate, max_seconds)
   if not shown:
     raise InputError(f'{path}: the video stream has no frames')
@@ -97,6 +106,8 @@ def decode(path: str | os.PathLike, times: Times, pts_F: np.ndarray) -> Iterator
   with opened(path) as (container, stream):
     if stream.codec_context.width * stream.codec_context.height >= THREADS_FROM:
       stream.thread_type = 'AUTO'
+    else:
+      stream.codec_context.thread_count = 1
     if times.counted:
       for i, frame in enumerate(_decoded(container, stream)):
         if i in place:
@@ -143,7 +154,7 @@ def _decoded(container, stream, wanted: set[int] | None = None) -> Iterator[av.V
   # A frame of H.264 that no other refers to is not decoded unless it is wanted. Other codecs do not promise that
   # what is skipped is of no use to others.
   skips = wanted is not None and stream.codec_context.name == 'h264'
-  with contextlib.suppress(av.FFmpegError):
+  with contextlib.suppress(*DAMAGE):
     for packet in container.demux(stream):
       if skips:
         stream.codec_context.skip_frame = 'DEFAULT' if packet.pts in wanted else 'NONREF'
@@ -163,6 +174,17 @@ def _count(path, rate, max_seconds) -> Times:
   if not count:
     raise InputError(f'{path}: no frame of the video can be decoded')
   return Times(np.arange(count), np.zeros(1, np.int64), fractions.Fraction(1) / rate, float(count / rate), True)
+
+
+def _declared(stream) -> float:
+  """Duration in seconds according to the header, 0 when it does not say."""
+  if stream.duration:
+    return float(stream.duration * stream.time_base)
+  try:                                               # Matroska has the end as text: 00:00:10.381000000
+    hours, minutes, seconds = map(float, stream.metadata.get('DURATION', '').split(':'))
+    return 3600 * hours + 60 * minutes + seconds - float((stream.start_time or 0) * stream.time_base)
+  except ValueError:
+    return 0.0
 
 
 def _check_length(path, seconds, max_seconds):

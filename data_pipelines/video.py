@@ -8,6 +8,7 @@ import math
 import os
 from typing import Literal, NamedTuple
 
+import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image
@@ -92,12 +93,12 @@ def load_video(path: str | os.PathLike, data, factor: int = 28, adaptive: Adapti
   pts_F, frames_FHW3, good = times.pts_N[index_F], None, []
   to_rgb = VideoReformatter()           # one for all frames: setting up a conversion costs more than a small frame
   for i, frame in containers.decode(path, times, pts_F):
-    pixels = np.rot90(to_rgb.reformat(frame, format='rgb24').to_ndarray(), _quarter_turns(frame))
+    try:
+      pixels = np.rot90(to_rgb.reformat(frame, format='rgb24', threads=1).to_ndarray(), _quarter_turns(frame))
+      size = _size(len(index_F), *pixels.shape[:2], data.frame_tokens_min, data.frame_tokens_max, budget, factor)
+    except (av.FFmpegError, ValueError) as e:         # a pixel format without a conversion, an extreme shape
+      raise InputError(f'{path}: {e}') from None
     if frames_FHW3 is None:
-      try:
-        size = _size(len(index_F), *pixels.shape[:2], data.frame_tokens_min, data.frame_tokens_max, budget, factor)
-      except InputError as e:
-        raise InputError(f'{path}: {e}') from None
       frames_FHW3 = np.empty((len(index_F), *size, 3), np.uint8)
     if pixels.shape[:2] != frames_FHW3.shape[1:3]:
       pixels = Image.fromarray(pixels).resize(frames_FHW3.shape[2:0:-1], Image.Resampling.BICUBIC)
