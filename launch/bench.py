@@ -1,0 +1,212 @@
+"""`keye bench model`: speed of one mid-sized decoder on this machine's CPU, beside transformers if asked.
+
+Hidden 512, 8 layers, 8 query and 2 KV heads of 64, 32 experts of 256 of which 4 a token, vocabulary 8192, float32.
+Both sides do the same work (prefill ends in the last token's logits) in turns; see launch/bench_rounds.py for when the
+numbers count.
+"""
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from data_pipelines.errors import InputError
+from launch import bench_rounds
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+class Task(NamedTuple):
+  name: str
+  kind: str          # prefill, train or decode
+  tokens: int
+  new: int           # decoded tokens
+  floor: float       # ratio to the peer that the claim needs
+
+  @property
+  def work(self) -> int:
+    """Tokens that the rate counts."""
+    return self.new or self.tokens
+
+
+TASKS = [Task('prefill 2048', 'prefill', 2048, 0, 1.2), Task('prefill 8192', 'prefill', 8192, 0, 1.2),
+         Task('train 2048', 'train', 2048, 0, 1.2), Task('decode after 1024', 'decode', 1024, 64, 1.2)]
+CLAIM = 'prefill, training step and greedy decoding on 2 CPU threads are at least 1.2 times as fast as in transformers'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('what', choices=('model',))
+  parser.add_argument('--peer', choices=('transformers',), help='the other side; needs the extra `parity`')
+  parser.add_argument('--peer-python', default=sys.executable, help='interpreter that has the peer')
+  parser.add_argument('--threads', type=int, default=2)
+  parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--task', action='append', choices=[t.name for t in TASKS], help='only these; several times')
+  parser.add_argument('--dsa', type=int, default=0, metavar='TOKENS',
+                      help='also time the parts of sparse attention from 8192 to TOKENS, and prefill at TOKENS with '
+                      'sparse and with dense attention')
+  parser.add_argument('--json', action='store_true', help='print the evidence record instead of a table')
+  parser.add_argument('--out', help='also write the evidence record to this file')
+
+
+def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
+  if config_args:
+    raise InputError(f'keye bench takes no {config_args[0]}')
+  if args.rounds < 1 or args.threads < 1:
+    raise InputError('keye bench: --rounds and --threads must be at least 1')
+  limit_threads(args.threads)
+  from launch import bench_model
+  tasks = [t for t in TASKS if not args.task or t.name in args.task]
+  peer = Peer(args.peer_python, bench_model.peer_shape(bench_model.MODEL), args.threads) if args.peer else None
+  try:
+    found = measure(tasks, bench_model, peer, args.rounds)
+  finally:
+    if peer:
+      peer.close()
+  dsa = None
+  if args.dsa:
+    from launch import bench_dsa
+    dsa = bench_dsa.measure(args.dsa, say)
+  out = record(tasks, found, dsa, args, peer.versions if peer else {})
+  if args.out:
+    pathlib.Path(args.out).write_text(json.dumps(out, indent=1) + '\n')
+  print(json.dumps(out) if args.json else table(out))
+  return 0
+
+
+def limit_threads(threads: int) -> None:
+  """jax takes a thread for each core the process may use when it starts, so this comes before it.
+
+  Raises InputError when the machine has fewer cores, or does not let a process choose its own."""
+  if not hasattr(os, 'sched_setaffinity'):
+    raise InputError('keye bench: this system cannot pin a process to cores; run it on Linux')
+  cores = sorted(os.sched_getaffinity(0))
+  if len(cores) < threads:
+    raise InputError(f'keye bench: --threads {threads}, but this process may use {len(cores)} cores')
+  os.sched_setaffinity(0, cores[:threads])
+
+
+class Peer:
+  """transformers in a process of its own, one task at a time; it waits without spinning in between."""
+
+  def __init__(self, python: str, shape: dict, threads: int):
+    env = os.environ | {'OMP_NUM_THREADS': str(threads), 'OMP_WAIT_POLICY': 'passive', 'HF_HUB_OFFLINE': '1'}
+    try:
+      self.process = subprocess.Popen(
+          [python, str(pathlib.Path(__file__).with_name('bench_peer.py')), json.dumps(shape), str(threads)],
+          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    except OSError as e:
+      raise InputError(f'--peer-python {python}: {e.strerror}') from e
+    self.versions = self._answer()
+
+  def ask(self, task: Task) -> float:
+    self.process.stdin.write(json.dumps({'task': task.kind, 'tokens': task.tokens, 'new': task.new}) + '\n')
+    self.process.stdin.flush()
+    return self._answer()['seconds']
+
+  def _answer(self) -> dict:
+    line = self.process.stdout.readline()
+    if not line:
+      last = (self.process.stderr.read().strip().splitlines() or ['it said nothing'])[-1]
+      raise InputError(f'the peer stopped: {last}; install the extra `parity` or name another --peer-python')
+    return json.loads(line)
+
+  def close(self) -> None:
+    self.process.stdin.close()
+    self.process.wait()
+
+
+def measure(tasks: Sequence[Task], bench_model, peer: Peer | None, rounds: int) -> dict[str, bench_rounds.Rounds]:
+  import jax
+  config = bench_model.MODEL
+  params = bench_model.keye.init(config, jax.random.key(0))
+  probe, pids = bench_model.probe(), [peer.process.pid] if peer else []
+  found, started = {}, time.monotonic()
+  for n, task in enumerate(tasks):
+    make = getattr(bench_model, task.kind)
+    ours = make(config, params, task.tokens, *([task.new] if task.new else []))
+    sides = {'keye_jax': ours}
+    if peer:
+      sides['transformers'] = lambda task=task: peer.ask(task)
+    say(f'{task.name}: warming up')
+    warm = sum(side() for side in sides.values()) + sum(side() for side in sides.values())
+
+    def progress(done, seconds, task=task, n=n, warm=warm):
+      left = sum(sum(v) for v in seconds.values()) / done * (rounds - done)
+      rates = ', '.join(f'{name} {task.work / s[-1]:.0f} tokens/s' for name, s in seconds.items())
+      later = f', then {len(tasks) - n - 1} more tasks' if n + 1 < len(tasks) else ''
+      say(f'{task.name}: round {done} of {rounds}: {rates}; {left:.0f} s left{later}')
+
+    found[task.name] = bench_rounds.alternate(sides, probe, rounds, pids, progress)
+    del ours, sides
+  say(f'done in {time.monotonic() - started:.0f} s')
+  return found
+
+
+def record(tasks, found, dsa, args, peer_versions: dict) -> dict:
+  """The evidence record: a claim, what was measured, and whether that shows it."""
+  void = {name: why for name, r in found.items() if (why := bench_rounds.void(r))}
+  sides = {side: {t.name: bench_rounds.rates(found[t.name].seconds[side], t.work) for t in tasks}
+           for side in next(iter(found.values())).seconds} if found else {}
+  ratios = {t.name: sides['keye_jax'][t.name]['median'] / sides['transformers'][t.name]['median']
+            for t in tasks} if args.peer else {}
+  short = [f'{t.name} {ratios[t.name]:.2f}' for t in tasks if t.name in ratios and ratios[t.name] < t.floor]
+  whole = bool(args.peer) and len(tasks) == len(TASKS) and args.rounds >= 5
+  why = ('; '.join(f'{k}: void, {v}' for k, v in void.items()) or
+         ('' if args.peer else 'no peer was measured') or
+         ('' if whole else 'the claim needs all tasks and at least 5 rounds') or
+         (f'below the floor: {", ".join(short)}' if short else 'every ratio of medians is at or above its floor'))
+  flat = lambda rates: {f'{name}, {k} tokens/s': v for name, both in rates.items() for k, v in both.items()}
+  return {
+      'claim': CLAIM, 'command': ' '.join(['keye', *sys.argv[1:]]), 'commit': commit(), 'hardware': hardware(),
+      'versions': versions() | peer_versions, 'n': args.rounds,
+      'baselines': {k: flat(v) for k, v in sides.items() if k != 'keye_jax'},
+      'arms': {k: {'0': flat(v)} for k, v in sides.items() if k == 'keye_jax'},
+      'ratios of medians': ratios, 'floors': {t.name: t.floor for t in tasks},
+      'intervals': {},
+      'rounds': {name: {'seconds': r.seconds, 'probe seconds': r.probe, 'cores of others': r.others}
+                 for name, r in found.items()},
+      'void': void, 'dsa': dsa,
+      'verdict': 'shown' if whole and not void and not short else 'not shown', 'why': why,
+  }
+
+
+def commit() -> str:
+  git = subprocess.run(['git', '-C', str(ROOT), 'describe', '--always', '--dirty', '--exclude', '*'],
+                       capture_output=True, text=True)
+  return git.stdout.strip() if git.returncode == 0 else 'unknown'
+
+
+def hardware() -> dict:
+  text = pathlib.Path('/proc/cpuinfo').read_text()
+  name = next((line.partition(':')[2].strip() for line in text.splitlines() if line.startswith('model name')), '')
+  flags = next((line for line in text.splitlines() if line.startswith('flags')), '').split()
+  simd = [f for f in ('avx2', 'fma', 'avx512f', 'avx512_bf16', 'amx_tile') if f in flags]
+  return {'cpu': name, 'simd': simd, 'cores': len(os.sched_getaffinity(0))}
+
+
+def versions() -> dict:
+  import importlib.metadata
+  out = {name: importlib.metadata.version(name) for name in ('jax', 'jaxlib', 'flax', 'optax', 'numpy')}
+  return {'python': sys.version.split()[0]} | out
+
+
+def table(out: dict) -> str:
+  lines = []
+  for name in out['rounds']:
+    cells = [f'{side} {found[f"{name}, median tokens/s"]:.0f} (best {found[f"{name}, best tokens/s"]:.0f})'
+             for side, found in [*((k, v['0']) for k, v in out['arms'].items()), *out['baselines'].items()]]
+    ratio = out['ratios of medians'].get(name)
+    lines.append(f'{name:<18} {"  ".join(cells)} tokens/s' + (f'  x {ratio:.2f}' if ratio else '') +
+                 (f'  VOID: {out["void"][name]}' if name in out['void'] else ''))
+  for name, row in (out['dsa'] or {}).get('seconds', {}).items():
+    lines.append(f'{name:<18} ' + '  '.join(f'{n}: {s:.2f} s' for n, s in row.items()) +
+                 f'  grows as n^{out["dsa"]["exponents"][name]:.2f}')
+  return '\n'.join([*lines, f'{out["verdict"]}: {out["why"]}'])
+
+
+def say(text: str) -> None:
+  print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,102 @@
+"""Our side of `keye bench model`: prefill, training step and decoding of one mid-sized decoder, through the functions
+that training and generation use.
+"""
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data_pipelines.schema import Batch
+from keye_jax.config import IndexerConfig, ModelConfig, OptimizerConfig, TextConfig
+from keye_jax.nn import head, keye
+from keye_jax.objectives.sft import sft
+from keye_jax.rollout import sampler
+from keye_jax.steps import state
+from keye_jax.steps.optimizer import make_optimizer
+from keye_jax.steps.update import make_update
+
+MODEL = ModelConfig(TextConfig(layers=8, embed=512, heads=8, kv_heads=2, head_dim=64, vocab=8192, ffn=256, experts=32,
+                               experts_per_token=4, rope_theta=1e6))
+INDEXER = IndexerConfig(heads=4, head_dim=32, topk=2048)      # heads x head_dim = heads x head_dim of attention / 4
+
+
+def peer_shape(config: ModelConfig) -> dict:
+  """Keyword arguments of transformers' Qwen3MoeConfig for the same decoder."""
+  t = config.text
+  return dict(vocab_size=t.vocab, hidden_size=t.embed, num_hidden_layers=t.layers, num_attention_heads=t.heads,
+              num_key_value_heads=t.kv_heads, head_dim=t.head_dim, num_experts=t.experts,
+              num_experts_per_tok=t.experts_per_token, moe_intermediate_size=t.ffn, norm_topk_prob=True,
+              decoder_sparse_step=1, mlp_only_layers=[], tie_word_embeddings=False, rope_theta=t.rope_theta,
+              rms_norm_eps=t.norm_eps, max_position_embeddings=t.max_position)
+
+
+def sparse(config: ModelConfig) -> ModelConfig:
+  return dataclasses.replace(config, attention='sparse', text=dataclasses.replace(config.text, indexer=INDEXER))
+
+
+def text_batch(config: ModelConfig, tokens: int, seed: int = 0) -> Batch:
+  """One row of random text."""
+  rng = np.random.default_rng(seed)
+  token_BT = rng.integers(0, config.text.vocab, (1, tokens), dtype=np.int32)
+  place_BT = np.arange(tokens, dtype=np.int32)[None]
+  none = np.zeros((1, 0, 0), np.int32)
+  return jax.tree.map(jnp.asarray, Batch(
+      token_BT, np.roll(token_BT, -1, 1), np.ones((1, tokens), np.float32), np.repeat(place_BT[..., None], 3, 2),
+      np.full((1, tokens), 1 << 8, np.int32), place_BT, np.full((1, tokens), -1, np.int32),
+      np.zeros((1, 0, 0, config.vision.patch_dim), np.uint8), np.zeros((1, 0, 0, 4), np.int32), none))
+
+
+def timed(fn: Callable, *args) -> tuple[float, object]:
+  start = time.perf_counter()
+  out = jax.block_until_ready(fn(*args))
+  return time.perf_counter() - start, out
+
+
+def probe() -> Callable[[], float]:
+  """Best of five of a fixed matrix product (seconds), which shows whether the machine keeps its speed."""
+  a = jnp.ones((1024, 1024))
+  product = jax.jit(lambda a: a @ a)
+  jax.block_until_ready(product(a))
+  return lambda: min(timed(product, a)[0] for _ in range(5))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def last_logits(config: ModelConfig, params, batch: Batch) -> jax.Array:
+  """float32 [B, 1, V]: what the peer computes with `logits_to_keep=1`."""
+  out = keye.apply(config, params, batch)
+  return head.logits(out.hidden_BTD[:, -1:], out.head_DV)
+
+
+def prefill(config: ModelConfig, params, tokens: int) -> Callable[[], float]:
+  batch = text_batch(config, tokens)
+  return lambda: timed(last_logits, config, params, batch)[0]
+
+
+def train(config: ModelConfig, params, tokens: int) -> Callable[[], float]:
+  """One whole training step: forward, backward, clipping, AdamW."""
+  tx = make_optimizer(OptimizerConfig(), 1000)
+  update = make_update(functools.partial(keye.apply, config), sft(config.layout, 0.001, 1.0), tx)
+  batch = text_batch(config, tokens)
+  current = [state.create(jax.tree.map(jnp.copy, params), tx, (), config.dtype, jax.random.key(0))]
+
+  def once():
+    seconds, (current[0], _) = timed(update, current[0], batch)
+    return seconds
+  return once
+
+
+def decode(config: ModelConfig, params, tokens: int, new: int) -> Callable[[], float]:
+  """`new` greedy tokens after the prompt; reading the prompt is not timed."""
+  batch, last_BQ = text_batch(config, tokens), jnp.full((1, 1), tokens - 1)
+  split = sampler.decode_params(params)
+  greedy, key = sampler.Sampling(), jax.random.key(0)
+
+  def once():
+    cache, front = jax.block_until_ready(
+        sampler.prefill(config, params, batch, last_BQ, tokens + new, greedy, key))
+    return timed(sampler.decode, config, split, cache, front, new, (), greedy, key)[0]
+  return once

@@ -1,0 +1,148 @@
+"""The protocol of a benchmark: when a run is void, what a record says, and what happens when the peer fails."""
+import argparse
+import itertools
+import sys
+
+import pytest
+
+from data_pipelines.errors import InputError
+from launch import bench, bench_rounds
+from launch.bench_rounds import Cpu, Rounds
+
+
+def args(**kwargs):
+  return argparse.Namespace(**dict(peer='transformers', rounds=5, out=None, json=True, dsa=0) | kwargs)
+
+
+def rounds(ours, theirs, others=0.0, probe=(0.01,) * 5):
+  return Rounds({'keye_jax': [ours] * 5, 'transformers': [theirs] * 5}, list(probe), others)
+
+
+def everything(**kwargs):
+  return {t.name: rounds(1.0, 1.5, **kwargs) for t in bench.TASKS}
+
+
+def test_sides_take_turns():
+  order, tick = [], itertools.count()
+  side = lambda name: lambda: order.append(name) or float(next(tick))
+  found = bench_rounds.alternate({'a': side('a'), 'b': side('b')}, lambda: order.append('p') or 0.5, 3)
+  assert ''.join(order) == 'pabpabpab'
+  assert found.seconds == {'a': [0, 2, 4], 'b': [1, 3, 5]} and found.probe == [0.5] * 3
+
+
+@pytest.mark.parametrize('kwargs, why', [
+  ({}, ''),
+  ({'probe': (0.0100, 0.0109, 0.0105)}, ''),
+  ({'probe': (0.0100, 0.0111, 0.0105)}, 'varied by 11%'),
+  ({'others': 0.3}, 'other processes used 0.30 cores'),
+  ({'others': None}, ''),
+])
+def test_void(kwargs, why):
+  found = bench_rounds.void(rounds(1.0, 1.0, **kwargs))
+  assert why in found and bool(found) == bool(why)
+
+
+def test_others_are_what_the_machine_used_beyond_us():
+  assert bench_rounds.others(Cpu(10, 100, 50), Cpu(20, 125, 70)) == pytest.approx(0.5)
+  assert bench_rounds.others(Cpu(10, 100, 50), Cpu(20, 119, 70)) == 0
+  assert bench_rounds.others(None, None) is None
+
+
+def test_own_time_counts_as_ours():
+  before = bench_rounds.cpu()
+  if before is None:
+    pytest.skip('no /proc')
+  while bench_rounds.cpu().own == before.own:
+    sum(range(10_000))
+  assert bench_rounds.cpu().machine > before.machine
+
+
+def test_exponent():
+  assert bench_rounds.exponent([8, 16, 32], [1, 4, 16]) == pytest.approx(2)
+
+
+class TestRecord:
+
+  def test_shown(self):
+    out = bench.record(bench.TASKS, everything(), None, args(), {'torch': '2'})
+    assert out['verdict'] == 'shown' and out['versions']['torch'] == '2'
+    assert out['ratios of medians'] == {t.name: 1.5 for t in bench.TASKS}
+    assert out['arms']['keye_jax']['0']['prefill 2048, median tokens/s'] == 2048
+    assert out['baselines']['transformers']['decode after 1024, best tokens/s'] == pytest.approx(64 / 1.5)
+    assert 'x 1.50' in bench.table(out)
+
+  def test_below_the_floor(self):
+    out = bench.record(bench.TASKS, everything() | {'train 2048': rounds(1.0, 1.1)}, None, args(), {})
+    assert out['verdict'] == 'not shown' and out['why'] == 'below the floor: train 2048 1.10'
+
+  def test_void(self):
+    out = bench.record(bench.TASKS, everything() | {'train 2048': rounds(1.0, 2.0, others=0.5)}, None, args(), {})
+    assert out['verdict'] == 'not shown' and out['why'].startswith('train 2048: void, other processes')
+    assert 'VOID' in bench.table(out)
+
+  @pytest.mark.parametrize('tasks, kwargs, why', [
+    (bench.TASKS[:2], {}, 'needs all tasks'), (bench.TASKS, {'rounds': 3}, 'needs all tasks'),
+    (bench.TASKS, {'peer': None}, 'no peer was measured')])
+  def test_part_of_it_shows_nothing(self, tasks, kwargs, why):
+    found = {t.name: everything()[t.name] for t in tasks}
+    out = bench.record(tasks, found, None, args(**kwargs), {})
+    assert out['verdict'] == 'not shown' and why in out['why']
+
+
+def test_a_peer_that_cannot_start_is_named(tmp_path):
+  with pytest.raises(InputError, match='--peer-python .*nowhere: No such file'):
+    bench.Peer(str(tmp_path / 'nowhere'), {}, 1)
+  fake = tmp_path / 'python'
+  fake.write_text('#!/bin/sh\necho "No module named torch" >&2; exit 1\n')
+  fake.chmod(0o755)
+  with pytest.raises(InputError, match='No module named torch; install the extra `parity`'):
+    bench.Peer(str(fake), {}, 1)
+
+
+def test_more_threads_than_cores():
+  with pytest.raises(InputError, match='--threads 4096'):
+    bench.limit_threads(4096)
+
+
+@pytest.mark.parity
+def test_both_sides_are_the_same_model():
+  import jax
+  import transformers
+
+  from keye_jax.nn import keye
+  from launch import bench_model
+  theirs = transformers.Qwen3MoeForCausalLM(
+      transformers.Qwen3MoeConfig(**bench_model.peer_shape(bench_model.MODEL)))
+  ours = jax.tree.leaves(keye.param_shapes(bench_model.MODEL))
+  assert sum(p.numel() for p in theirs.parameters()) == sum(a.size for a in ours)
+
+
+@pytest.mark.parity
+def test_peer_answers():
+  shape = dict(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+               head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
+  peer = bench.Peer(sys.executable, shape, 1)
+  try:
+    assert peer.versions['transformers']
+    for kind, new in (('prefill', 0), ('train', 0), ('decode', 3)):
+      assert peer.ask(bench.Task(kind, kind, 8, new, 1.0)) > 0
+  finally:
+    peer.close()
+
+
+@pytest.mark.slow
+def test_our_side_runs():
+  """A small stand-in for the model: what is timed must run, and train repeatedly on its donated state."""
+  import dataclasses
+
+  import jax
+
+  from keye_jax.nn import keye
+  from launch import bench_model
+  text = dataclasses.replace(bench_model.MODEL.text, layers=1, embed=16, heads=2, kv_heads=1, head_dim=8, vocab=32,
+                             ffn=8, experts=2, experts_per_token=1)
+  config = dataclasses.replace(bench_model.MODEL, text=text)
+  params = keye.init(config, jax.random.key(0))
+  for side in (bench_model.prefill(config, params, 16), bench_model.train(config, params, 16),
+               bench_model.decode(config, params, 16, 2), bench_model.probe()):
+    assert side() > 0 and side() > 0
