@@ -22,6 +22,7 @@ from keye_jax.config import DataConfig, ModelConfig
 from keye_jax.evals import baselines, questions, scores, uncertainty
 from keye_jax.evals.scores import Question, Score
 from keye_jax.rollout import sampler
+from launch import runtime
 
 
 class Answered(NamedTuple):
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   if config_args:
     raise InputError(f'keye evaluate takes no {config_args[0]}; what a model looks like is in its folder')
+  runtime.start()
   model, params = api.load_pretrained(args.model, attention=args.attention)
   config, data = model.config, dataclasses.replace(model.data, path=args.data)
   found = answer(config, params, data, args.batch, args.tokens)

@@ -41,13 +41,13 @@ def read(data, patch: int = 14, merge: int = 2) -> Iterator[Asked]:
   for i in range(len(load.rows)):
     row = load.rows[i]
     example, last_Q = prompts(load.example(i))
-    yield Asked(example, last_Q, tuple(_question(row, b) for b in range(max(len(row.branches), 1))))
+    yield Asked(example, last_Q, tuple(question(row, b) for b in range(max(len(row.branches), 1))))
 
 
 def texts(path: str) -> list[Question]:
   """The questions of a file in order, without opening its media."""
   rows = sources.Rows(path)
-  return [_question(row, b) for row in map(rows.__getitem__, range(len(rows)))
+  return [question(row, b) for row in map(rows.__getitem__, range(len(rows)))
           for b in range(max(len(row.branches), 1))]
 
 
@@ -110,8 +110,10 @@ def _group(rows: Sequence[Asked], size: int, vision_patches: int, merge: int, va
   return Group(batch, last_BQ, tuple(q for row in rows for q in row.questions))
 
 
-def _question(row: sources.Row, branch: int) -> Question:
-  """In a row that forks, "type", "interval" and "others" are lists with an item for each branch."""
+def question(row: sources.Row, branch: int) -> Question:
+  """What branch `branch` of a row asks (0 when the row does not fork).
+
+  In a row that forks, "type", "interval" and "others" are lists with an item for each branch."""
   turns = row.branches[branch] if row.branches else row.trunk
   text = lambda role: next((''.join(v for kind, v in t.parts if kind == 'text') for t in reversed(turns)
                             if t.role == role), '').strip()

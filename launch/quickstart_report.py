@@ -1,0 +1,95 @@
+"""The report of `keye quickstart`: gathers curves, clips and selections from the folder that the job has filled."""
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+
+from configs import quickstart as recipe
+from data_pipelines import chat, packing, pipeline, sources
+from data_pipelines.schema import Example
+from keye_jax import api, metrics
+from keye_jax.config import ModelConfig
+from keye_jax.evals import intervals, questions
+from keye_jax.nn import inspect
+from launch import report
+from launch.report_plots import Line
+
+CLIPS = 4      # shown: the first held-out clips that are asked when something happens
+
+
+def write(out: pathlib.Path, spent: Sequence[tuple[str, float]], evaluated, facts: Mapping[str, str]) -> None:
+  """`out`/report.html. `evaluated` is the Evaluated of launch/quickstart.py."""
+  ok = all(check.ok for check in evaluated.checks)
+  questions_n, model = len(evaluated.found['sparse'].questions), recipe.MODEL
+  summary = (f'A Keye of {model.text.layers} layers and {model.text.experts} experts, trained from random weights in '
+             f'this run, answers {questions_n} questions about clips that share no digit and no background with '
+             f'training. Each query attends to {model.text.indexer.topk} tokens. '
+             + ('All requirements are met.' if ok else 'Not all requirements are met.'))
+  report.write(out / 'report.html', report.Report(
+    'keye quickstart', summary, facts, evaluated.checks, evaluated.arms, curves(out), spent, clips(out)))
+
+
+def curves(out: pathlib.Path):
+  """Losses of the stages after each other, accuracy of the answers' tokens, and the indexer's KL."""
+  records = {name: metrics.read(out / name) for name in recipe.STAGES}
+  line = lambda names, key: [
+    (at + r['step'], r[key]) for name, at in zip(names, offsets(records, names)) for r in records[name] if key in r]
+  main = [name for name in recipe.STAGES if name != 'blind']
+  marks = [(at, name) for name, at in zip(main, offsets(records, main))]
+  as_line = lambda label, points: Line(label, [x for x, _ in points], [y for _, y in points])
+  chart = lambda title, key: (title, 'step', [as_line('trained', line(main, key)), as_line(
+    'blind', [(x + marks[1][0], y) for x, y in line(['blind'], key)])], marks)
+  return [chart('Loss of the answers’ tokens (nats)', 'loss'), chart('Share of the answers’ tokens right', 'accuracy'),
+          ('Indexer: KL to the attention it imitates (nats)', 'step', [as_line('indexer', line(main, 'indexer_kl'))],
+           marks)]
+
+
+def offsets(records, names) -> list[int]:
+  """Steps before each stage."""
+  return [0, *itertools.accumulate(records[name][-1]['step'] if records[name] else 0 for name in names)][:len(names)]
+
+
+def clips(out: pathlib.Path) -> list[report.ClipView]:
+  model, params = api.load_pretrained(out / 'sparse', attention='sparse')
+  path = out / 'data' / 'heldout.jsonl'
+  data = dataclasses.replace(model.data, path=str(path), grey=False)
+  rows, found = sources.Rows(path), []
+  for i in range(len(rows)):
+    row = rows.raw(i)
+    at = next((b for b, kind in enumerate(row['type']) if kind == 'ground'), None)
+    if at is not None:
+      found.append(view(model, params, data, rows[i], at))
+    if len(found) == CLIPS:
+      break
+  return found
+
+
+def view(model: api.Model, params, data, row: sources.Row, branch: int) -> report.ClipView:
+  """One clip, one question, the model's answer to it, and what each layer let the answer see."""
+  v, question = model.config.vision, questions.question(row, branch)
+  asked = chat.fork(row.trunk, row.branches[branch][:1])
+  path = next(value for kind, value in asked[0].parts if kind == 'video')
+  answer = api.generate(model, params, [{'role': 'user', 'content': f'<video>{question.text}'}], videos=[path],
+                        max_tokens=16)
+  turns = [*pipeline.load_media(asked, data, v.patch, v.merge), chat.Turn('assistant', (('text', answer),))]
+  clip = next(value for kind, value in turns[0].parts if kind == 'video')
+  example = chat.tokenize(turns, model.tokenizer, patch=v.patch, merge=v.merge)
+  return report.ClipView(
+    f'{pathlib.Path(path).name} ({row.extra["background"]})', question.text, answer, question.expected,
+    clip.frames_FHW3, list(clip.seconds_F), question.seconds, intervals.parse(answer).interval, question.interval,
+    question.others, selected(model.config, params, example))
+
+
+def selected(config: ModelConfig, params, example: Example) -> np.ndarray:
+  """[L, F]: share of a frame's tokens that the queries writing the answer selected, averaged over those queries."""
+  v = config.vision
+  shape = packing.Shape(questions.round_up(len(example.token_T)), 1, len(example.patch_PC), v.merge, v.patch_dim)
+  batch = packing.pack([example], shape)
+  mask_LBTS, _ = inspect.selections(config, params, jax.device_put(batch))
+  (queries,) = np.nonzero(batch.weight_BT[0])
+  mask_LS = np.asarray(mask_LBTS)[:, 0, queries].mean(1)
+  (places,) = np.nonzero(batch.vision_BT[0] >= 0)
+  return mask_LS[:, places].reshape(len(mask_LS), example.frame_P.max(), -1).mean(-1)

@@ -1,0 +1,55 @@
+"""Evidence files: docs/results/<name>.json, what was claimed and everything needed to check it."""
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+FOLDER = pathlib.Path(__file__).parent.parent / 'docs' / 'results'
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'av')
+
+
+def record(name: str, claim: str, n: int, baselines: Mapping[str, Any], arms: Mapping[str, Any],
+           intervals: Mapping[str, Any], why_not: str, **more: Any) -> pathlib.Path:
+  """Writes the file and returns its path. why_not: what the claim lacks; '' when it is shown.
+
+  baselines: {name: {metric: value}}; arms: {arm: {seed: {metric: value}}}; intervals: {arm: {metric: [low, high]}}.
+  """
+  content = {'claim': claim, 'command': ' '.join(['keye', *sys.argv[1:]]), 'commit': commit(), 'hardware': hardware(),
+             'versions': versions(), 'n': n, 'baselines': baselines, 'arms': arms, 'intervals': intervals,
+             'verdict': 'not shown' if why_not else 'shown', 'why': why_not, **more}
+  FOLDER.mkdir(parents=True, exist_ok=True)
+  path = FOLDER / f'{name}.json'
+  path.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+  return path
+
+
+def commit() -> str:
+  """The checked-out commit, with '+changes' when files differ from it; '' outside a checkout."""
+  def git(*args):
+    return subprocess.run(['git', *args], cwd=FOLDER.parent.parent, capture_output=True, text=True).stdout.strip()
+  try:
+    return git('rev-parse', 'HEAD') + ('+changes' if git('status', '--porcelain', '--untracked-files=no') else '')
+  except FileNotFoundError:
+    return ''
+
+
+def hardware() -> str:
+  """Processor, usable cores and memory."""
+  model, memory = platform.machine(), 0
+  try:
+    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+    model = next((line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')), model)
+    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  except OSError:
+    pass
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  return f'{model}, {cores} cores' + (f', {memory / 2**30:.0f} GiB' if memory else '')
+
+
+def versions() -> dict[str, str]:
+  return {'python': platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
