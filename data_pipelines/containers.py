@@ -20,6 +20,8 @@ SEEK_FRAMES = 16          # a seek that saves fewer frames than this costs more 
 THREADS_FROM = 640 * 480  # pixels of a frame, from which decoding in several threads pays
 # What reading a damaged file raises; IndexError when a transport stream announces streams in its middle.
 DAMAGE = (av.FFmpegError, IndexError)
+# Titles and the like that are not UTF-8 are no reason to refuse a file: PyAV 18 must be told, 19 knows.
+_TEXT = {'metadata_errors': 'replace'} if int(av.__version__.split('.')[0]) < 19 else {}
 
 
 class Times(NamedTuple):
@@ -47,7 +49,7 @@ def opened(path: str | os.PathLike):
     raise InputError(f'{path}: the video file is empty')
   try:
     # An absolute path and this option keep a name or a playlist from opening anything but files.
-    container = av.open(os.path.abspath(path), options={'protocol_whitelist': 'file'}, metadata_errors='replace')
+    container = av.open(os.path.abspath(path), options={'protocol_whitelist': 'file'}, **_TEXT)
   except (av.FFmpegError, OSError) as e:
     raise InputError(f'{path}: not a readable video, damaged or truncated ({_reason(e)})') from None
   with container:
