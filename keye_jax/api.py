@@ -120,6 +120,8 @@ def stream_generate(model: Model, params: dict[str, Any], messages: Sequence[Mes
     raise InputError('sampling needs temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_tokens >= 1 and no empty string '
                      'in stop')
   example = _prompt(model, messages, images, videos, think)
+  # the sequence stays whole on a device: caches grow by a token at a time
+  model = dataclasses.replace(model, config=dataclasses.replace(model.config, layout='decode'))
   T = len(example.token_T)
   if T + max_tokens > model.config.text.max_position:
     raise InputError(f'a prompt of {T} tokens and an answer of {max_tokens} exceed the model\'s context of '
@@ -127,7 +129,7 @@ def stream_generate(model: Model, params: dict[str, Any], messages: Sequence[Mes
   batch = _batch(model, [example], T)
   last_BQ = np.full((len(batch.token_BT), 1), -1, np.int32)
   last_BQ[0] = T - 1
-  steps = sampler.stream(model.config, params, batch, last_BQ, max_tokens, model.tokenizer.stop_ids,
+  steps = sampler.stream(model.config, params, batch, _laid_out(last_BQ, 'decode', 'batch', None), max_tokens, model.tokenizer.stop_ids,
                          sampler.Sampling(temperature, top_p, top_k), seed)
   ids = (int(token_BQ[0, 0]) for token_BQ, _ in steps)
   return _until(_text(model.tokenizer, ids), tuple(stop))
@@ -245,12 +247,16 @@ def _batch(model: Model, examples: list[Example], tokens: int) -> Batch:
   rows = up(len(examples), 'batch')
   batch = packing.pack(examples, packing.Shape(up(bucket(tokens), 'seq'), R, N, v.merge, v.patch_dim), together=False)
   batch = Batch(*(np.concatenate([a, np.zeros((rows - len(a), *a.shape[1:]), a.dtype)]) for a in batch))
-  if not sharding.has_mesh():
-    return batch
   text = ('token_BT', 'target_BT', 'weight_BT', 'position_BT3', 'segment_BT', 'order_BT', 'vision_BT')
-  mesh = jax.sharding.get_mesh()
-  return Batch(**{name: jax.device_put(a, jax.NamedSharding(mesh, sharding.spec(
-      layout, 'batch', *(('seq',) if name in text else ())))) for name, a in batch._asdict().items()})
+  return Batch(**{name: _laid_out(a, layout, 'batch', *(('seq',) if name in text else ()))
+                  for name, a in batch._asdict().items()})
+
+
+def _laid_out(x: np.ndarray, layout: str, *axes: str | None) -> Any:
+  """A host array on the mesh; itself without one."""
+  if not sharding.has_mesh():
+    return x
+  return jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), sharding.spec(layout, *axes)))
 
 
 def _text(words: tokenizer.Tokenizer, ids: Iterator[int]) -> Iterator[str]:
