@@ -129,8 +129,8 @@ def stream_generate(model: Model, params: dict[str, Any], messages: Sequence[Mes
   batch = _batch(model, [example], T)
   last_BQ = np.full((len(batch.token_BT), 1), -1, np.int32)
   last_BQ[0] = T - 1
-  steps = sampler.stream(model.config, params, batch, _laid_out(last_BQ, 'decode', 'batch', None), max_tokens, model.tokenizer.stop_ids,
-                         sampler.Sampling(temperature, top_p, top_k), seed)
+  steps = sampler.stream(model.config, params, batch, _laid_out(last_BQ, 'decode', 'batch', None), max_tokens,
+                         model.tokenizer.stop_ids, sampler.Sampling(temperature, top_p, top_k), seed)
   ids = (int(token_BQ[0, 0]) for token_BQ, _ in steps)
   return _until(_text(model.tokenizer, ids), tuple(stop))
 
