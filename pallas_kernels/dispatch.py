@@ -3,7 +3,7 @@ from typing import Literal
 
 Implementation = Literal['reference', 'xla', 'tpu', 'gpu']
 
-EXISTING = ('reference',)
+EXISTING = ('reference', 'xla')
 
 
 def choose(op: str, implementation: Implementation | None) -> str:
@@ -13,7 +13,7 @@ def choose(op: str, implementation: Implementation | None) -> str:
   and GPU exist; then only this function changes. Raises ValueError for a name that does not exist.
   """
   if implementation is None:
-    return 'reference'
+    return 'xla'
   if implementation not in EXISTING:
     raise ValueError(f'{op}: there is no implementation {implementation!r}; use one of {", ".join(EXISTING)}')
   return implementation

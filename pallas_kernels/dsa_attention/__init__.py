@@ -11,7 +11,7 @@ from pallas_kernels.index_select import Selection
 
 __all__ = ['DSAOutput', 'Selection', 'dsa_attention']
 
-IMPLEMENTATIONS = {'reference': reference.dsa_attention}
+IMPLEMENTATIONS = {'reference': reference.dsa_attention, 'xla': reference.dsa_attention}
 
 
 def dsa_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, iq_BTIJ: jax.Array, ik_BSJ: jax.Array,

@@ -14,7 +14,7 @@ from pallas_kernels.mask import visible
 
 __all__ = ['Selection', 'index_select', 'keep_all', 'select_mask', 'selected']
 
-IMPLEMENTATIONS = {'reference': reference.index_select}
+IMPLEMENTATIONS = {'reference': reference.index_select, 'xla': reference.index_select}
 
 
 def index_select(iq_BTIJ: jax.Array, ik_BSJ: jax.Array, gate_BTI: jax.Array, q_segment_BT: jax.Array,

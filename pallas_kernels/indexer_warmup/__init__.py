@@ -7,7 +7,7 @@ import jax
 from pallas_kernels import dispatch
 from pallas_kernels.indexer_warmup import reference
 
-IMPLEMENTATIONS = {'reference': reference.indexer_warmup}
+IMPLEMENTATIONS = {'reference': reference.indexer_warmup, 'xla': reference.indexer_warmup}
 
 
 def indexer_warmup(q_BTHK: jax.Array, k_BSGK: jax.Array, lse_BTH: jax.Array, iq_BTIJ: jax.Array, ik_BSJ: jax.Array,

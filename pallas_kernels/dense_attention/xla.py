@@ -1,0 +1,153 @@
+"""Dense attention without the T x S matrix: an online softmax over key tiles, and its backward pass.
+
+Key tiles in which nothing is visible are skipped, found from the least and greatest order and sample of each tile, so
+that causal rows cost half and packed rows cost the sum of their samples' squares, in any layout. Rows of few tokens
+are one tile: a plain softmax over the whole batch at once.
+
+B batch, T query time, S key time, H query heads, G KV heads, N stacked queries (pallas_kernels/tiles.py), K head dim,
+Q query tiles, P key tiles.
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import tiles
+from pallas_kernels.mask import visible
+
+SMALL = 512                # rows with at most this many keys are one tile
+FEW = 16                   # so are this few queries (decoding), however many the keys
+QUERY_ROWS = 2048          # query rows of a tile, all heads together
+KEYS = 256                 # keys of a tile
+
+
+def dense_attention(q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, *, causal, scale):
+  return _attention(q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, causal, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _attention(q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, causal, scale):
+  return _forward(q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, causal, scale)[0]
+
+
+def _forward(q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, causal, scale):
+  T, H, G = q_BTHK.shape[1], q_BTHK.shape[2], k_BSGK.shape[2]
+  S = k_BSGK.shape[1]
+  row = forward_one if is_small(T, S) else forward_tiles
+  arrays = (tiles.stack_heads(q_BTHK, G), k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2),
+            q_segment_BT, k_segment_BS, q_order_BT, k_order_BS)
+  o_BGNK, lse_BGN = tiles.over_rows(functools.partial(row, causal=causal, scale=scale), arrays, H * T * S)
+  o_BTHK, lse_BTH = tiles.unstack_heads(o_BGNK.astype(q_BTHK.dtype), T), tiles.unstack_heads(lse_BGN, T)
+  return (o_BTHK, lse_BTH), (q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, o_BTHK,
+                             lse_BTH)
+
+
+def _backward(causal, scale, saved, cotangents):
+  q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, o_BTHK, lse_BTH = saved
+  do_BTHK, _ = cotangents
+  T, H, G, S = q_BTHK.shape[1], q_BTHK.shape[2], k_BSGK.shape[2], k_BSGK.shape[1]
+  delta_BTH = (do_BTHK.astype(jnp.float32) * o_BTHK.astype(jnp.float32)).sum(-1)
+  stack = functools.partial(tiles.stack_heads, G=G)
+  arrays = (stack(q_BTHK), k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2), q_segment_BT, k_segment_BS, q_order_BT,
+            k_order_BS, stack(lse_BTH), stack(delta_BTH), stack(do_BTHK))
+  row = backward_one if is_small(T, S) else backward_tiles
+  dq, dk, dv = tiles.over_rows(functools.partial(row, causal=causal, scale=scale), arrays, H * T * S)
+  return (tiles.unstack_heads(dq, T).astype(q_BTHK.dtype), dk.swapaxes(1, 2).astype(k_BSGK.dtype),
+          dv.swapaxes(1, 2).astype(v_BSGK.dtype), None, None, None, None)
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def is_small(T: int, S: int) -> bool:
+  return T <= FEW or max(T, S) <= SMALL
+
+
+def forward_one(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, *, causal, scale):
+  """(o_GNK float32, lse_GN) of a row in one tile."""
+  mask_TS = visible(q_segment_T[:, None], k_segment_S, q_order_T[:, None], k_order_S, causal)
+  return attend_one(q_GNK, k_GSK, v_GSK, mask_TS, scale)
+
+
+def attend_one(q_GNK, k_GSK, v_GSK, mask_TS, scale):
+  x_GNS = tiles.logits(q_GNK, k_GSK, mask_TS, scale)
+  m_GN = x_GNS.max(-1)
+  w_GNS = jnp.exp(x_GNS - m_GN[..., None])
+  return tiles.finish(m_GN, w_GNS.sum(-1), tiles.dot('GNS,GSK->GNK', w_GNS, v_GSK))
+
+
+def backward_one(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, lse_GN, delta_GN, do_GNK, *,
+                 causal, scale):
+  mask_TS = visible(q_segment_T[:, None], k_segment_S, q_order_T[:, None], k_order_S, causal)
+  return tiles.gradients(q_GNK, k_GSK, v_GSK, lse_GN, delta_GN, do_GNK, mask_TS, scale)
+
+
+def cut_row(T, S, N, G, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, causal):
+  """Tile size of the queries, then keys and values in tiles, the mask of a tile pair, and the pairs that meet."""
+  block = query_tile(T, N * G // T)
+  keys = [tiles.cut(tiles.pad(x, 1, KEYS), 1, KEYS) for x in (k_GSK, v_GSK)]
+  q_segment_QT, k_segment_PS = (tiles.cut(tiles.pad(q_segment_T, 0, block, tiles.QUERY_PAD), 0, block),
+                                tiles.cut(tiles.pad(k_segment_S, 0, KEYS, tiles.KEY_PAD), 0, KEYS))
+  q_order_QT, k_order_PS = (tiles.cut(tiles.pad(x, 0, n), 0, n) for x, n in ((q_order_T, block), (k_order_S, KEYS)))
+
+  def mask(i, p):
+    return visible(q_segment_QT[i][:, None], k_segment_PS[p], q_order_QT[i][:, None], k_order_PS[p], causal)
+
+  tile_QP, count_Q = tiles.front(tiles.meeting(q_segment_QT, k_segment_PS, q_order_QT, k_order_PS, causal))
+  return block, keys, mask, tile_QP, count_Q
+
+
+def query_tile(T: int, H: int) -> int:
+  """Queries of a tile: QUERY_ROWS rows over all heads, a multiple of 8."""
+  return min(max(QUERY_ROWS // H, 32), 512, -(-T // 8) * 8) // 8 * 8
+
+
+def cut_queries(x_GNK, T: int, block: int):
+  G, N, *rest = x_GNK.shape
+  x_GNK = tiles.pad(x_GNK.reshape(G, N // T, T, *rest), 2, block)
+  return tiles.cut_heads(x_GNK.reshape(G, -1, *rest), x_GNK.shape[2], block)
+
+
+def join_queries(x_QGNK, T: int, block: int):
+  x_GNK = tiles.join_heads(x_QGNK, block)
+  G, N, *rest = x_GNK.shape
+  padded = x_QGNK.shape[0] * block
+  return x_GNK.reshape(G, N // padded, padded, *rest)[:, :, :T].reshape(G, -1, *rest)
+
+
+def forward_tiles(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, *, causal, scale):
+  (T,), (G, N, _), S = q_segment_T.shape, q_GNK.shape, k_GSK.shape[1]
+  block, (k_PGSK, v_PGSK), mask, tile_QP, count_Q = cut_row(T, S, N, G, k_GSK, v_GSK, q_segment_T, k_segment_S,
+                                                            q_order_T, k_order_S, causal)
+
+  def one(query):
+    i, q_GNK, tile_P, count = query
+    return tiles.attend(q_GNK, k_PGSK, v_PGSK, tile_P, count, lambda p: mask(i, p), scale)
+
+  q_QGNK = cut_queries(q_GNK, T, block)
+  o_QGNK, lse_QGN = jax.lax.map(one, (jnp.arange(len(q_QGNK)), q_QGNK, tile_QP, count_Q))
+  return join_queries(o_QGNK, T, block), join_queries(lse_QGN, T, block)
+
+
+def backward_tiles(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, lse_GN, delta_GN, do_GNK, *,
+                   causal, scale):
+  (T,), (G, N, K), S = q_segment_T.shape, q_GNK.shape, k_GSK.shape[1]
+  block, (k_PGSK, v_PGSK), mask, tile_QP, count_Q = cut_row(T, S, N, G, k_GSK, v_GSK, q_segment_T, k_segment_S,
+                                                            q_order_T, k_order_S, causal)
+  queries = [cut_queries(x, T, block) for x in (q_GNK, lse_GN, delta_GN, do_GNK)]
+
+  def one(grads, query):
+    i, tile_P, count, q_GNK, lse_GN, delta_GN, do_GNK = query
+
+    def step(n, carry):
+      dq_GNK, dk_PGSK, dv_PGSK = carry
+      p = tile_P[n]
+      dq, dk, dv = tiles.gradients(q_GNK, k_PGSK[p], v_PGSK[p], lse_GN, delta_GN, do_GNK, mask(i, p), scale)
+      return dq_GNK + dq, dk_PGSK.at[p].add(dk), dv_PGSK.at[p].add(dv)
+
+    dq_GNK, *grads = jax.lax.fori_loop(0, count, step, (jnp.zeros(q_GNK.shape), *grads))
+    return tuple(grads), dq_GNK
+
+  init = jnp.zeros(k_PGSK.shape), jnp.zeros(v_PGSK.shape)
+  (dk_PGSK, dv_PGSK), dq_QGNK = jax.lax.scan(one, init, (jnp.arange(len(queries[0])), tile_QP, count_Q, *queries))
+  return (join_queries(dq_QGNK, T, block), tiles.join(dk_PGSK, 1)[:, :S], tiles.join(dv_PGSK, 1)[:, :S])

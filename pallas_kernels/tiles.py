@@ -1,0 +1,146 @@
+"""Cutting rows into tiles, and softmax attention over tiles: what the xla implementations share.
+
+Inside this module and its users one row of the batch is at work. Query heads of a KV head are stacked into one matrix,
+heads major and time minor, so that every product is a plain matmul.
+
+B batch, T query time, S key time, H query heads, G KV heads, R query heads per KV head, N stacked queries R * T,
+K head dim, Q query tiles, P key tiles.
+"""
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.mask import BRANCH_BITS, NEG_INF
+
+# Segments of padding: tokens that fill up a tile. Neither sees anything, not even its own kind, as real padding does.
+QUERY_PAD, KEY_PAD = -1, -1 << 2 * BRANCH_BITS
+MAP_ROWS = 1 << 17     # score elements of a row from which the batch is a loop: its buffers then stay in the cache
+
+
+def dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  """einsum with float32 accumulation; float32 probabilities meet bfloat16 values in bfloat16."""
+  dtype = jnp.promote_types(a.dtype, b.dtype) if a.dtype == b.dtype else jnp.bfloat16
+  return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def stack_heads(x_BTHK: jax.Array, G: int) -> jax.Array:
+  """[B, T, H, ...] -> [B, G, R * T, ...]."""
+  B, T, H, *rest = x_BTHK.shape
+  x = jnp.moveaxis(x_BTHK.reshape(B, T, G, H // G, *rest), 1, 3)
+  return x.reshape(B, G, H // G * T, *rest)
+
+
+def unstack_heads(x_BGNK: jax.Array, T: int) -> jax.Array:
+  """[B, G, R * T, ...] -> [B, T, H, ...]."""
+  B, G, N, *rest = x_BGNK.shape
+  x = jnp.moveaxis(x_BGNK.reshape(B, G, N // T, T, *rest), 3, 1)
+  return x.reshape(B, T, G * (N // T), *rest)
+
+
+def over_rows(fn: Callable, arrays: tuple, elements: int):
+  """`fn` on each row of the batch: at once when the row's scores (`elements`) are few, in a loop when they are many."""
+  B = jax.tree.leaves(arrays)[0].shape[0]
+  if B == 1:
+    return jax.tree.map(lambda a: a[None], fn(*jax.tree.map(lambda a: a[0], arrays)))
+  if elements < MAP_ROWS:
+    return jax.vmap(fn)(*arrays)
+  return jax.lax.map(lambda a: fn(*a), arrays)
+
+
+def pad(x: jax.Array, axis: int, multiple: int, value=0) -> jax.Array:
+  short = -x.shape[axis] % multiple
+  if not short:
+    return x
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, short)
+  return jnp.pad(x, widths, constant_values=value)
+
+
+def cut(x: jax.Array, axis: int, size: int) -> jax.Array:
+  """Splits `axis` into tiles of `size` and leads with the tile."""
+  n = x.shape[axis] // size
+  return jnp.moveaxis(x.reshape(*x.shape[:axis], n, size, *x.shape[axis + 1:]), axis, 0)
+
+
+def join(x: jax.Array, axis: int) -> jax.Array:
+  """The inverse of `cut`."""
+  x = jnp.moveaxis(x, 0, axis)
+  return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2:])
+
+
+def cut_heads(x_GNK: jax.Array, T: int, size: int) -> jax.Array:
+  """Stacked heads [G, R * T, ...] -> [Q, G, R * size, ...]."""
+  G, N, *rest = x_GNK.shape
+  x_QGRTK = cut(x_GNK.reshape(G, N // T, T, *rest), 2, size)
+  return x_QGRTK.reshape(T // size, G, N // T * size, *rest)
+
+
+def join_heads(x_QGNK: jax.Array, size: int) -> jax.Array:
+  """The inverse of `cut_heads`."""
+  Q, G, N, *rest = x_QGNK.shape
+  x_GRTK = join(x_QGNK.reshape(Q, G, N // size, size, *rest), 2)
+  return x_GRTK.reshape(G, N * Q, *rest)
+
+
+def meeting(q_segment_QT, k_segment_PS, q_order_QT, k_order_PS, causal: bool) -> jax.Array:
+  """bool [Q, P]: may any query of the tile see any key of the tile? From minima and maxima, so for any layout."""
+  low = lambda x: x.min(-1)
+  high = lambda x: x.max(-1)
+  q_sample, k_sample = q_segment_QT >> BRANCH_BITS, k_segment_PS >> BRANCH_BITS
+  meet = (low(k_sample)[None] <= high(q_sample)[:, None]) & (high(k_sample)[None] >= low(q_sample)[:, None])
+  return meet & (low(k_order_PS)[None] <= high(q_order_QT)[:, None]) if causal else meet
+
+
+def front(flag: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(indices of the true entries of the last axis, in order and in front; how many there are)."""
+  return jnp.argsort(~flag, axis=-1, stable=True).astype(jnp.int32), flag.sum(-1, dtype=jnp.int32)
+
+
+def logits(q_GNK, k_GSK, mask_TS, scale) -> jax.Array:
+  """Masked float32 attention logits [G, N, S]."""
+  x_GNS = dot('GNK,GSK->GNS', q_GNK, k_GSK) * scale
+  G, N, S = x_GNS.shape
+  T = mask_TS.shape[0]
+  return jnp.where(mask_TS, x_GNS.reshape(G, N // T, T, S), NEG_INF).reshape(G, N, S)
+
+
+def attend(q_GNK, k_PGSK, v_PGSK, tile_P, count, mask: Callable, scale) -> tuple[jax.Array, jax.Array]:
+  """Online softmax of one query tile over the key tiles tile_P[:count]: (o_GNK float32, lse_GN).
+
+  mask(p) is the bool [T, S] of key tile p. A query that sees nothing gets 0 and NEG_INF.
+  """
+  G, N, K = q_GNK.shape
+
+  def step(i, carry):
+    m_GN, l_GN, acc_GNK = carry
+    p = tile_P[i]
+    x_GNS = logits(q_GNK, k_PGSK[p], mask(p), scale)
+    new_GN = jnp.maximum(m_GN, x_GNS.max(-1))
+    w_GNS, fade_GN = jnp.exp(x_GNS - new_GN[..., None]), jnp.exp(m_GN - new_GN)
+    acc_GNK = acc_GNK * fade_GN[..., None] + dot('GNS,GSK->GNK', w_GNS, v_PGSK[p])
+    return new_GN, l_GN * fade_GN + w_GNS.sum(-1), acc_GNK
+
+  init = jnp.full((G, N), NEG_INF), jnp.zeros((G, N)), jnp.zeros((G, N, v_PGSK.shape[-1]))
+  return finish(*jax.lax.fori_loop(0, count, step, init))
+
+
+def finish(m_GN, l_GN, acc_GNK) -> tuple[jax.Array, jax.Array]:
+  """(o_GNK, lse_GN) of a softmax's running maximum, sum and weighted values."""
+  seen_GN = m_GN > NEG_INF
+  o_GNK = jnp.where(seen_GN[..., None], acc_GNK / jnp.maximum(l_GN, 1e-30)[..., None], 0)
+  return o_GNK, jnp.where(seen_GN, m_GN + jnp.log(jnp.maximum(l_GN, 1e-30)), NEG_INF)
+
+
+def probabilities(q_GNK, k_GSK, lse_GN, mask_TS, scale) -> jax.Array:
+  """Attention probabilities [G, N, S] from a finished log-sum-exp."""
+  safe_GN = jnp.where(lse_GN > NEG_INF, lse_GN, 0)     # a query that sees nothing has probabilities 0, not exp(0)
+  return jnp.exp(logits(q_GNK, k_GSK, mask_TS, scale) - safe_GN[..., None])
+
+
+def gradients(q_GNK, k_GSK, v_GSK, lse_GN, delta_GN, do_GNK, mask_TS, scale):
+  """(dq_GNK, dk_GSK, dv_GSK) of one tile, float32. delta is the sum of do * o over K."""
+  p_GNS = probabilities(q_GNK, k_GSK, lse_GN, mask_TS, scale)
+  dv_GSK = dot('GNS,GNK->GSK', p_GNS, do_GNK)
+  dx_GNS = p_GNS * (dot('GNK,GSK->GNS', do_GNK, v_GSK) - delta_GN[..., None]) * scale
+  return dot('GNS,GSK->GNK', dx_GNS, k_GSK), dot('GNS,GNK->GSK', dx_GNS, q_GNK), dv_GSK
