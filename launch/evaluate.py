@@ -66,7 +66,7 @@ def answer(config: ModelConfig, params, data: DataConfig, batch: int = 16, new_t
   started, out = time.monotonic(), Answered([], [], 0.0)
   rows = tqdm(questions.read(data, v.patch, v.merge), 'answering', len(sources.Rows(data.path)), unit='clip',
               leave=False)
-  for group in questions.groups(rows, batch, data.vision_patches, v.merge, v.patch_dim):
+  for group in questions.groups(rows, batch, data.tokens, data.vision_patches, v.merge, v.patch_dim):
     found = sampler.generate(config, params, group.batch, group.last_BQ, new_tokens, tokenizer.stop_ids)
     for b, q in zip(*np.nonzero(group.last_BQ >= 0)):
       ids = found.token_BQN[b, q, :found.length_BQ[b, q]]

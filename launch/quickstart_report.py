@@ -11,7 +11,7 @@ from configs import quickstart as recipe
 from data_pipelines import chat, packing, pipeline, sources
 from data_pipelines.schema import Example
 from keye_jax import api, metrics
-from keye_jax.config import ModelConfig
+from keye_jax.config import DataConfig, ModelConfig
 from keye_jax.evals import intervals, questions
 from keye_jax.nn import inspect
 from launch import report
@@ -80,14 +80,13 @@ def view(model: api.Model, params, data, row: sources.Row, branch: int) -> repor
   return report.ClipView(
     f'{pathlib.Path(path).name} ({row.extra["background"]})', question.text, answer, question.expected,
     clip.frames_FHW3, list(clip.seconds_F), question.seconds, intervals.parse(answer).interval, question.interval,
-    question.others, selected(model.config, params, example))
+    question.others, selected(model.config, params, data, example))
 
 
-def selected(config: ModelConfig, params, example: Example) -> np.ndarray:
+def selected(config: ModelConfig, params, data: DataConfig, example: Example) -> np.ndarray:
   """[L, F]: share of a frame's tokens that the queries writing the answer selected, averaged over those queries."""
   v = config.vision
-  shape = packing.Shape(questions.round_up(len(example.token_T)), 1, len(example.patch_PC), v.merge, v.patch_dim)
-  batch = packing.pack([example], shape)
+  batch = packing.pack([example], pipeline.row_shape(data, v.patch, v.merge))
   mask_LBTS, _ = inspect.selections(config, params, jax.device_put(batch))
   (queries,) = np.nonzero(batch.weight_BT[0])
   mask_LS = np.asarray(mask_LBTS)[:, 0, queries].mean(1)

@@ -73,25 +73,26 @@ def prompts(example: Example) -> tuple[Example, tuple[int, ...]]:
   return example._replace(**cut), tuple(int(new_T[i]) for i in last)
 
 
-def groups(rows: Iterable[Asked], size: int, vision_patches: int = 0, merge: int = 2,
+def groups(rows: Iterable[Asked], size: int, tokens: int = 0, vision_patches: int = 0, merge: int = 2,
            values: int = packing.PATCH_VALUES) -> Iterator[Group]:
   """Groups of `size` rows, the last one filled with empty rows.
 
-  Shapes are rounded up so that few programs are compiled. vision_patches: of a vision row, as in training; 0: whole
-  frames up to about a thousand patches.
+  A compilation costs more than padding, so shapes come in few sizes. tokens: length of a row where its sample fits,
+  as in training. vision_patches: of a vision row, as in training; 0: whole frames up to about a thousand patches.
   """
   rows = iter(rows)
   while taken := list(itertools.islice(rows, size)):
-    yield _group(taken, size, vision_patches, merge, values)
+    yield _group(taken, size, tokens, vision_patches, merge, values)
 
 
-def round_up(n: int) -> int:
-  """The next multiple of a sixteenth of the power of two at or above n, at least of 8: past 128, at most 12% over."""
-  step = max(8, (1 << max(n - 1, 0).bit_length()) // 16)
-  return -(-n // step) * step
+def round_up(n: int, least: int) -> int:
+  """The smallest least * 2**k at or above n."""
+  while least < n:
+    least *= 2
+  return least
 
 
-def _group(rows: Sequence[Asked], size: int, vision_patches: int, merge: int, values: int) -> Group:
+def _group(rows: Sequence[Asked], size: int, tokens: int, vision_patches: int, merge: int, values: int) -> Group:
   frames = [packing.frame_runs(row.example) for row in rows]
   largest = max((patches for runs in frames for patches, _ in runs), default=0)
   N, R = 0, 0
@@ -99,12 +100,13 @@ def _group(rows: Sequence[Asked], size: int, vision_patches: int, merge: int, va
     N = max(vision_patches, largest) if vision_patches else max(1024 // largest, 1) * largest
     N = -(-N // merge ** 2) * merge ** 2
   while any(packing.place(runs, [N] * R) is None for runs in frames):
-    R += max(1, R // 4)
-  shape = packing.Shape(round_up(max(len(row.example.token_T) for row in rows)), R, N, merge, values)
+    R = round_up(R + 1, 1)
+  longest = max(len(row.example.token_T) for row in rows)
+  shape = packing.Shape(tokens if longest <= tokens else round_up(longest, 64), R, N, merge, values)
   batch = packing.pack([row.example for row in rows], shape, together=False)
   batch = Batch(*(np.concatenate([a, np.zeros((size - len(rows), *a.shape[1:]), a.dtype)]) for a in batch))
   batch.vision_BT[len(rows):] = -1
-  last_BQ = np.full((size, max(len(row.last_Q) for row in rows)), -1, np.int32)
+  last_BQ = np.full((size, round_up(max(len(row.last_Q) for row in rows), 1)), -1, np.int32)
   for b, row in enumerate(rows):
     last_BQ[b, :len(row.last_Q)] = row.last_Q
   return Group(batch, last_BQ, tuple(q for row in rows for q in row.questions))

@@ -61,14 +61,17 @@ def test_a_shared_prompt_reads_like_each_prompt_alone(data):
   assert next(alone, None) is None
 
 
-def test_groups_are_filled_up_and_rounded(data):
+def test_groups_come_in_few_shapes(data):
   first, second = questions.groups(questions.read(data), 2)
   assert first.last_BQ.shape == (2, 2) and second.last_BQ.shape == (2, 1)
   assert first.last_BQ[1, 1] == -1 and (second.last_BQ[1] == -1).all()
-  assert first.batch.token_BT.shape[1] % 8 == 0
+  assert first.batch.token_BT.shape == second.batch.token_BT.shape == (2, 64)
   assert not second.batch.segment_BT[1].any()
   assert [len(g.questions) for g in (first, second)] == [3, 1]
-  assert [questions.round_up(n) for n in (1, 8, 9, 100, 128, 129, 257, 1000)] == [8, 8, 16, 104, 128, 144, 288, 1024]
+  longest = int(first.batch.order_BT[first.batch.segment_BT > 0].max()) + 1
+  (as_trained, _) = questions.groups(questions.read(data), 2, tokens=longest)
+  assert as_trained.batch.token_BT.shape == (2, longest)
+  assert next(questions.groups(questions.read(data), 2, tokens=longest - 1)).batch.token_BT.shape == (2, 64)
 
 
 @pytest.mark.parametrize('change, message', [
