@@ -1,0 +1,99 @@
+"""`keye data`: make or check a dataset.
+
+    keye data frameforge --out DIR                  real clips with events whose answers are known exactly
+    keye data tokenizer --data rows.jsonl           trains a small vocabulary on its text, for tiny models
+    keye data check --data rows.jsonl               reads every row and every medium, lists what cannot be used
+    keye data sheet --data rows.jsonl --out a.png   one FrameForge clip with its questions, as a picture
+"""
+import argparse
+import collections
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from data_pipelines import frameforge, pipeline, sources, tokenizer
+from data_pipelines.errors import InputError
+from keye_jax.config import DataConfig
+from launch.run_config import HELP, load
+
+SHOWN = 20      # unusable rows that are printed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  kinds = parser.add_subparsers(dest='kind', required=True, metavar='KIND')
+  forge = kinds.add_parser('frameforge', help='make a FrameForge set')
+  forge.add_argument('--out', required=True, help='folder; left as it is when it holds the same set')
+  forge.add_argument('--train', type=int, default=2000, help='training clips')
+  forge.add_argument('--heldout', type=int, default=300, help='held-out clips')
+  forge.add_argument('--images', type=int, default=4000, help='single pictures')
+  forge.add_argument('--seed', type=int, default=0)
+  words = kinds.add_parser('tokenizer', help='train a small vocabulary; written beside the file')
+  words.add_argument('--size', type=int, default=448, help='tokens, special ones included')
+  check = kinds.add_parser('check', help='read every row and medium')
+  check.add_argument('--config', default='', help=f'also check against the shapes of a run: {HELP}')
+  sheet = kinds.add_parser('sheet', help='draw one clip of a FrameForge file')
+  sheet.add_argument('--row', type=int, default=0, help='which, from 0')
+  sheet.add_argument('--out', required=True, help='PNG file')
+  for kind in (words, check, sheet):
+    kind.add_argument('--data', required=True, help='JSONL file')
+  for kind in (forge, words, check):
+    kind.add_argument('--json', action='store_true', help='one JSON object on stdout')
+
+
+def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
+  if config_args and not getattr(args, 'config', ''):
+    raise InputError(f'{config_args[0]}: there is no --config to override')
+  match args.kind:
+    case 'frameforge':
+      made = forge(args.out, args.train, args.heldout, args.images, args.seed)
+      lines = [f'{args.out}/{kind}.jsonl: {made[kind]["rows"]} rows, {sum(made[kind]["questions"].values())} questions'
+               for kind in ('train', 'heldout', 'images')]
+    case 'tokenizer':
+      words = tokenizer.train_bpe(sources.texts(args.data), args.size)
+      made = {'files': words.save(pathlib.Path(args.data).parent), 'size': words.size}
+      lines = [f'{made["size"]} tokens: {", ".join(made["files"])}']
+    case 'check':
+      config = load(args.config, config_args) if args.config else None
+      made = check(args.data, config)
+      lines = [f'{name}: {value}' for name, value in made.items() if name != 'unusable']
+      lines += made['unusable'][:SHOWN]
+    case 'sheet':
+      rows = sources.Rows(args.data)
+      if not 0 <= args.row < len(rows):
+        raise InputError(f'{args.data}: has rows 0 to {len(rows) - 1}, not {args.row}')
+      frameforge.contact_sheet(rows.raw(args.row), rows.path.parent, args.out)
+      made, lines = {}, [args.out]
+  print(json.dumps(made) if getattr(args, 'json', False) else '\n'.join(lines))
+  return 2 if made.get('unusable') else 0
+
+
+def forge(out: str, train: int, heldout: int, images: int, seed: int) -> dict:
+  with tqdm(desc='frameforge', unit='file', leave=False) as bar:
+    def progress(done: int, total: int) -> None:
+      bar.total = total
+      bar.update(done - bar.n)
+    return frameforge.build(out, train, heldout, images, seed, progress=progress)
+
+
+def check(path: str, config) -> dict:
+  """Loads every row as training would: {'rows', 'usable', 'tokens', 'patches', 'reasons', 'unusable'}."""
+  data, patch, merge = DataConfig(path=path, tokens=1 << 40, vision_rows=1, vision_patches=1 << 40), 14, 2
+  if config:
+    vision = config.model.vision
+    data, patch, merge = dataclasses.replace(config.data, path=path), vision.patch, vision.merge
+  load_row = pipeline.Load(data, patch, merge, strict=False)
+  tokens, patches, skips = [], [], []
+  for i in tqdm(range(len(load_row.rows)), 'rows', unit='row', leave=False):
+    found = load_row(i)
+    if isinstance(found, pipeline.Skip):
+      skips.append(found)
+    else:
+      tokens.append(len(found.token_T))
+      patches.append(len(found.patch_PC))
+  spread = lambda n: {'least': int(min(n)), 'mean': round(float(np.mean(n)), 1), 'most': int(max(n))} if n else {}
+  return {'rows': len(load_row.rows), 'usable': len(tokens), 'tokens': spread(tokens), 'patches': spread(patches),
+          'reasons': dict(collections.Counter(s.reason for s in skips)), 'unusable': [s.message for s in skips]}
