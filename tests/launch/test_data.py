@@ -45,7 +45,8 @@ def test_check_names_what_cannot_be_used(forged, capsys):
   said = capsys.readouterr().out
   assert 'usable: 1' in said and 'mixed.jsonl:2' in said and "mixed.jsonl:3: video 'train/none.mp4'" in said
   # Against the shapes of a run: a clip does not fit a row of 64 tokens.
-  arguments = ['data', 'check', '--data', str(forged / 'train.jsonl'), '--json', '--config', 'configs/quickstart.py:video']
+  arguments = ['data', 'check', '--data', str(forged / 'train.jsonl'), '--config', 'configs/quickstart.py:video',
+               '--json']
   assert cli.main(arguments) == 0
   capsys.readouterr()
   assert cli.main([*arguments, '--config.data.tokens=64']) == 2
