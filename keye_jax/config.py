@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from ml_collections import config_dict
 
+from data_pipelines.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class IndexerConfig:
@@ -160,7 +162,7 @@ def to_dict(config) -> config_dict.ConfigDict:
 def freeze(cls: type, values: Any, path: str = '') -> Any:
   """Mapping -> frozen dataclass `cls`.
 
-  Raises ValueError naming the full key for an unknown key (with the nearest known one), a missing key, or a value of
+  Raises InputError naming the full key for an unknown key (with the nearest known one), a missing key, or a value of
   the wrong type.
   """
   hints = typing.get_type_hints(cls)
@@ -170,9 +172,9 @@ def freeze(cls: type, values: Any, path: str = '') -> Any:
       import difflib
       near = difflib.get_close_matches(key, hints, 1)
       hint = f'; did you mean {near[0]!r}?' if near else f'; known keys: {", ".join(sorted(hints))}'
-      raise ValueError(f'{where}: unknown key {key!r}{hint}')
+      raise InputError(f'{where}: unknown key {key!r}{hint}')
   if missing := [k for k in hints if k not in values.keys()]:
-    raise ValueError(f'{where}: missing keys {missing}')
+    raise InputError(f'{where}: missing keys {missing}')
   return cls(**{k: _value(t, values[k], f'{path}.{k}' if path else k) for k, t in hints.items()})
 
 
@@ -181,21 +183,21 @@ def _value(hint, value, path):
     if isinstance(value, hint):
       return value
     if not hasattr(value, 'keys'):
-      raise ValueError(f'{path}: expected a group of keys, got {value!r}')
+      raise InputError(f'{path}: expected a group of keys, got {value!r}')
     return freeze(hint, value, path)
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if origin is Literal:
     if value not in args:
-      raise ValueError(f'{path}: {value!r} is not one of {", ".join(map(repr, args))}')
+      raise InputError(f'{path}: {value!r} is not one of {", ".join(map(repr, args))}')
     return value
   if origin is tuple:
     if not isinstance(value, (tuple, list)):
-      raise ValueError(f'{path}: expected a tuple, got {value!r}')
+      raise InputError(f'{path}: expected a tuple, got {value!r}')
     return tuple(_value(args[0], v, f'{path}[{i}]') for i, v in enumerate(value))
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
   if isinstance(hint, types.UnionType):
     raise TypeError(f'{path}: unions are not used in this schema')
   if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-    raise ValueError(f'{path}: expected {hint.__name__}, got {value!r}')
+    raise InputError(f'{path}: expected {hint.__name__}, got {value!r}')
   return value

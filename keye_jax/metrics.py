@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from data_pipelines.errors import InputError
@@ -58,7 +57,7 @@ class Writer:
     part.write_text(''.join(kept))
     part.replace(run / FILE)
     self._file = open(run / FILE, 'a', buffering=1)
-    self._board = SummaryWriter(str(run / 'tensorboard'), purge_step=step + 1)
+    self._board = _tensorboard()(str(run / 'tensorboard'), purge_step=step + 1)
     self._wandb = None
     if wandb:
       import wandb as package
@@ -81,6 +80,17 @@ class Writer:
       self._board.close()
       if self._wandb:
         self._wandb.finish()
+
+
+def _tensorboard():
+  """tensorboardX.SummaryWriter, without the seconds it spends on importing torch where that is installed."""
+  hidden = sys.modules.setdefault('torch', None) is None
+  try:
+    from tensorboardX import SummaryWriter
+  finally:
+    if hidden:
+      del sys.modules['torch']
+  return SummaryWriter
 
 
 def read(run: str | os.PathLike) -> list[dict[str, Any]]:
@@ -106,20 +116,28 @@ class Progress:
   def step(self) -> None:
     self._bar.update()
 
-  def record(self, step: int, steps: int, loss: float | None, tokens_per_s: float, seconds_left: float) -> None:
-    text = f'{tokens_per_s:,.0f} tok/s' if loss is None else f'loss {loss:.4f}, {tokens_per_s:,.0f} tok/s'
+  def record(self, step: int, steps: int, record: Mapping[str, float]) -> None:
+    loss = f'loss {record["loss"]:.4f}, ' if 'loss' in record else ''
+    text = f'{loss}{record["tokens_per_s"]:,.0f} tok/s'
     if not self._bar.disable:
       self._bar.set_postfix_str(text)
     elif self.shown:
-      print(f'step {step}/{steps}  {text}  {duration(seconds_left)} left', file=sys.stderr, flush=True)
-
-  def say(self, line: str) -> None:
-    """A line above the bar."""
-    if self.shown:
-      tqdm.write(line, file=sys.stderr)
+      left = duration(record['step_s'] * (steps - step))
+      print(f'step {step}/{steps}  {text}, {left} left', file=sys.stderr, flush=True)
 
   def close(self) -> None:
     self._bar.close()
+
+
+def is_writer() -> bool:
+  """Whether this process prints and writes for all."""
+  return jax.process_index() == 0
+
+
+def say(line: str) -> None:
+  """A line for the person who watches, above a bar if there is one; process 0 only."""
+  if jax.process_index() == 0:
+    tqdm.write(line, file=sys.stderr)
 
 
 def duration(seconds: float) -> str:

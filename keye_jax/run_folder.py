@@ -10,6 +10,8 @@ import os
 import pathlib
 from typing import Any
 
+import jax
+
 from data_pipelines.errors import InputError
 from keye_jax.config import RunConfig, freeze
 
@@ -66,11 +68,13 @@ def differences(old: Any, new: Any, path: str = '') -> dict[str, tuple[Any, Any]
 def lock(run: str | os.PathLike) -> Any:
   """Holds the folder until the returned file is closed or the process ends, however it ends.
 
-  Raises InputError when another process trains in it.
+  Raises InputError when another process trains in it. Of several processes of one run the first holds it.
   """
   path = pathlib.Path(run)
   path.mkdir(parents=True, exist_ok=True)
   file = open(path / LOCK, 'a')
+  if jax.process_index():
+    return file
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from data_pipelines.errors import InputError
 from keye_jax.config import OptimizerConfig
 
 MUON_BETA, MUON_RMS = 0.95, 0.2      # arXiv 2502.16982 section 2.2: an update of AdamW's size, so its rate fits both
@@ -27,11 +28,11 @@ def schedule(cfg: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
   """Learning rate of update 0, 1, ...: a line up to `peak`, then cosine, line or nothing down to a fraction of it.
 
   Update i of a warm-up of W runs at peak * (i + 1) / W, the last update (steps - 1) at peak * final_fraction.
-  Raises ValueError when the warm-up is not shorter than the run.
+  Raises InputError when the warm-up is not shorter than the run.
   """
   W, f = cfg.warmup_steps, cfg.final_fraction
   if W >= steps:
-    raise ValueError(f'optimizer.warmup_steps = {W} must be below train.steps = {steps}')
+    raise InputError(f'optimizer.warmup_steps = {W} must be below train.steps = {steps}')
   shape = {'cosine': lambda t: f + (1 - f) * 0.5 * (1 + jnp.cos(jnp.pi * t)),
            'linear': lambda t: 1 - (1 - f) * t,
            'constant': jnp.ones_like}[cfg.schedule]

@@ -1,9 +1,12 @@
 """What a training step carries: trained and frozen parameters, optimizer state, step and random key."""
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from data_pipelines.errors import InputError
 
 
 class State(NamedTuple):
@@ -30,19 +33,19 @@ def split(params: Any, freeze: tuple[str, ...]) -> tuple[Any, Any]:
 
   A parameter is frozen when an entry of `freeze` is a prefix of its path, by whole names ('vision', 'layers/attn'; ''
   is a prefix of everything), unless an entry that starts with '!' is one too: ('', '!layers/attn/indexer') trains the
-  indexer alone. Raises ValueError for an entry that matches nothing and when nothing is left to train.
+  indexer alone. Raises InputError for an entry that matches nothing and when nothing is left to train.
   """
   paths = [_names(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
   for entry in freeze:
     if not any(_matches(entry.removeprefix('!'), path) for path in paths):
       parts = sorted({'/'.join(p[:depth]) for p in paths for depth in (1, 2)})
-      raise ValueError(f'train.freeze: {entry!r} matches no parameter; there are {", ".join(parts)}')
+      raise InputError(f'train.freeze: {entry!r} matches no parameter; there are {", ".join(parts)}')
   cold = {path for path in paths
           if any(_matches(e, path) for e in freeze if not e.startswith('!'))
           and not any(_matches(e[1:], path) for e in freeze if e.startswith('!'))}
   if len(cold) == len(paths):
-    raise ValueError(f'train.freeze = {freeze} leaves nothing to train')
-  return _pick(params, lambda path: path not in cold), _pick(params, lambda path: path in cold)
+    raise InputError(f'train.freeze = {freeze} leaves nothing to train')
+  return pick(params, lambda path: path not in cold), pick(params, lambda path: path in cold)
 
 
 def merge(train: Any, frozen: Any) -> Any:
@@ -62,11 +65,12 @@ def _matches(prefix: str, path: tuple[str, ...]) -> bool:
   return path[:len(parts)] == parts
 
 
-def _pick(tree: Any, keep, path: tuple[str, ...] = ()) -> Any:
+def pick(tree: Any, keep: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()) -> Any:
+  """The part of a nested dict whose leaves' paths satisfy `keep`; dicts left empty are left out."""
   out = {}
   for name, value in tree.items():
     if isinstance(value, dict):
-      if below := _pick(value, keep, path + (name,)):
+      if below := pick(value, keep, path + (name,)):
         out[name] = below
     elif keep(path + (name,)):
       out[name] = value

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from data_pipelines.errors import InputError
 from keye_jax.objectives.common import Metrics, Objective
 from keye_jax.steps.optimizer import groups
 from keye_jax.steps.state import State, merge
@@ -68,11 +69,11 @@ def make_update(apply: Callable[[Any, Any], Any], objective: Objective, tx: opta
 
 
 def micro_batches(batch: Any, n: int) -> Any:
-  """Leaves [B, ...] -> [n, B/n, ...], rows dealt in turn. Raises ValueError when n does not divide B."""
+  """Leaves [B, ...] -> [n, B/n, ...], rows dealt in turn. Raises InputError when n does not divide B."""
   def one(x):
     B = x.shape[0]
     if B % n:
-      raise ValueError(f'train.batch = {B} rows cannot be cut into train.accumulate = {n} equal micro-batches')
+      raise InputError(f'train.batch = {B} rows cannot be cut into train.accumulate = {n} equal micro-batches')
     sharding = jax.typeof(x).sharding
     if sharding.mesh.empty:
       return jnp.moveaxis(x.reshape(B // n, n, *x.shape[1:]), 1, 0)

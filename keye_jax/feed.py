@@ -1,0 +1,50 @@
+"""From a process's rows on the host to one global batch on the devices.
+
+A process reads the rows that its devices hold. Processes whose devices hold the same rows (they split the sequence, not
+the batch) read the same ones.
+"""
+import jax
+import numpy as np
+
+from data_pipelines.errors import InputError
+from data_pipelines.schema import Batch
+from keye_jax import sharding
+
+
+def share(layout: str, rows: int) -> tuple[int, int]:
+  """(index, count): this process reads part `index` of `count` equal parts of a batch of `rows`.
+
+  Raises InputError when the rows do not divide over the mesh or a process's devices hold rows that are not one part.
+  """
+  shards = sharding.extent(layout, 'batch')
+  if rows % shards:
+    raise InputError(f'train.batch = {rows} rows cannot be divided over {shards} groups of devices; use a multiple')
+  if not sharding.has_mesh():
+    return 0, 1
+  where = _sharding(layout, ('batch',)).addressable_devices_indices_map((rows,))
+  mine = sorted({i for (index,) in where.values() for i in range(rows)[index]})
+  if rows % len(mine) or mine[0] % len(mine) or mine[-1] - mine[0] + 1 != len(mine):
+    raise InputError(f'mesh: the devices of process {jax.process_index()} hold rows {mine} of {rows}, which is not one '
+                     'equal part of the batch; let mesh.data x mesh.expert be a multiple of the processes')
+  return mine[0] // len(mine), rows // len(mine)
+
+
+def place(layout: str, batch: Batch, index: int, count: int) -> Batch:
+  """`batch`, part `index` of `count`, as arrays of the whole batch; a copy to the default device without a mesh."""
+  if not sharding.has_mesh():
+    return jax.device_put(batch)
+
+  def one(name: str, local: np.ndarray) -> jax.Array:
+    first = index * len(local)
+    axes = ('batch', 'seq') if '_BT' in name else ('batch',)
+    where = _sharding(layout, axes + (None,) * (local.ndim - len(axes)))
+
+    def read(index):
+      rows = index[0].indices(len(local) * count)
+      return local[(slice(rows[0] - first, rows[1] - first), *index[1:])]
+    return jax.make_array_from_callback((len(local) * count, *local.shape[1:]), where, read)
+  return Batch(*(one(name, leaf) for name, leaf in zip(Batch._fields, batch)))
+
+
+def _sharding(layout: str, axes: tuple[str | None, ...]) -> jax.NamedSharding:
+  return jax.NamedSharding(jax.sharding.get_mesh(), sharding.spec(layout, *axes))

@@ -1,0 +1,157 @@
+"""The host loop of training: batch -> update -> log -> save.
+
+Run again with the same config and folder, it goes on from the newest whole checkpoint and reaches, on the same mesh,
+the same losses bit for bit as if it had never stopped: parameters, optimizer, data position, random key and the
+half-filled window of metrics are all part of a checkpoint.
+"""
+import contextlib
+import dataclasses
+import os
+import pathlib
+import signal
+import threading
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import multihost_utils
+
+from data_pipelines import pipeline, sources
+from data_pipelines.errors import InputError
+from keye_jax import begin, checkpoint, feed, run_folder
+from keye_jax.config import RunConfig
+from keye_jax.meter import Meter
+from keye_jax.metrics import Compilations, Progress, Writer, say
+from keye_jax.steps.state import State
+
+
+class Result(NamedTuple):
+  step: int
+  stopped_by: int              # number of the signal that ended the run early; 0 when it reached its last step
+  summary: dict[str, Any]
+
+
+def train(config: RunConfig, out: str | os.PathLike, wandb: str = '') -> Result:
+  """Trains in the run folder `out` up to `config.train.steps`, going on from what is there. Set the mesh before.
+
+  A first SIGTERM or SIGINT ends the step under way, saves and returns; a second one ends the process at once.
+  Raises InputError: another process trains in `out`; `out` was started with another config or dataset; a checkpoint
+  could not be saved; `max_bad_steps` steps in a row were not finite.
+  """
+  t, vision, layout = config.train, config.model.vision, config.model.layout
+  out = pathlib.Path(out)
+  with contextlib.ExitStack() as stack:
+    closing = lambda thing: stack.enter_context(contextlib.closing(thing))
+    closing(run_folder.lock(out))
+    compilations = closing(Compilations())
+    part = feed.share(layout, t.batch)
+    batches = closing(pipeline.train_batches(config.data, t.batch, t.seed, *part, vision.patch, vision.merge))
+    checkpoints, meter, made = checkpoint.Checkpoints(out, t.keep, say), Meter(t.max_bad_steps), begin.programs(config)
+    kept = {'config': dataclasses.asdict(config), 'dataset': fingerprints(config)}
+    state, step = start(config, out, made, checkpoints, batches, meter, kept['dataset'])
+    writer = closing(Writer(out, step, kept['config'], wandb))
+    progress = closing(Progress('train', step, t.steps))
+
+    signals = stack.enter_context(Signals())
+    while step < t.steps:
+      with meter.timed('data'):
+        batch = next(batches)
+        placed = feed.place(layout, batch, *part)
+      with meter.timed('compute'):
+        state, metrics = made.update(state, placed)
+        step += 1
+        meter.add(step, metrics, int((batch.segment_BT != 0).sum()) * part[1], batches.sources)
+        meter.settle(leave=1)           # one step stays under way while the host fetches the next batch
+      progress.step()
+      ended, stopped = step == t.steps, signals.stop(step)
+      if ended or step % t.log_every == 0:         # not when stopped: the window goes on after a restart
+        record = meter.record() | {'learning_rate': float(made.learning_rate(step - 1)),
+                                   'rows_skipped': rows_skipped(batches.stats()), 'compilations': compilations.count}
+        writer.write(step, record)
+        progress.record(step, t.steps, record)
+      if ended or stopped or step % t.save_every == 0:
+        meter.settle()
+        with meter.timed('save'):
+          checkpoints.save(step, state, kept | {'data': batches.get_state(), 'meter': meter.saved()})
+      checkpoints.check()
+      if stopped:
+        break
+    with meter.timed('save'):
+      checkpoints.wait()
+    stats = batches.stats()
+    summary = {'run': str(out), 'step': step, 'steps': t.steps} | meter.summary() | {
+        'rows skipped': rows_skipped(stats), 'last row skipped': (stats['last'] or [''])[-1],
+        'compilations': compilations.count}
+    return Result(step, 0 if step >= t.steps else signals.caught, summary)
+
+
+def start(config: RunConfig, out: pathlib.Path, made: begin.Programs, checkpoints: checkpoint.Checkpoints, batches,
+          meter: Meter, dataset: dict[str, str]) -> tuple[State, int]:
+  """State and step to go on from: those of the newest whole checkpoint, else of step 0. Writes RUN/config.json."""
+  words = pipeline.open_tokenizer(config.data)
+  if words.size > config.model.text.vocab:
+    raise InputError(f'{config.data.path}: its tokenizer has {words.size} tokens, more than model.text.vocab = '
+                     f'{config.model.text.vocab}')
+  checkpoints.tidy()
+  found = None
+  if checkpoint.whole(checkpoints.folder):
+    for line in run_folder.check_same(out, config):
+      say(f'{out}: going on with another {line}')
+    found = checkpoints.restore(jax.eval_shape(made.fresh, jax.random.key(0)))
+  if found is None:
+    state, step = begin.first_state(config, made, say), 0
+  else:
+    state, step = found.state, found.step
+    for what, then in found.host['dataset'].items():
+      if then != dataset[what]:
+        raise InputError(f'{config.data.path}: the {what} changed since the checkpoint of step {step} (fingerprint '
+                         f'{then[:8]}, now {dataset[what][:8]}); bring them back, or start again with another --out')
+    batches.set_state(found.host['data'])
+    meter.restore(found.host['meter'])
+    say(f'{out}: going on from step {step}' if step < config.train.steps else f'{out}: already at step {step}')
+  if jax.process_index() == 0:
+    run_folder.write_config(out, config)
+    words.save(out)
+  return state, step
+
+
+def fingerprints(config: RunConfig) -> dict[str, str]:
+  """What must not change under a run, by the name to call it by in a message."""
+  return {'rows or media of the dataset': sources.fingerprint(config.data.path),
+          'tokenizer of the dataset': pipeline.open_tokenizer(config.data).fingerprint()}
+
+
+def rows_skipped(stats: dict[str, Any]) -> int:
+  return sum(stats['skipped'].values())
+
+
+class Signals:
+  """SIGTERM and SIGINT as a flag, so that a run ends between two steps with a checkpoint.
+
+  With several processes the notice goes to all of them and they agree on the step, through jax.distributed.
+  """
+  HANDLED = (signal.SIGTERM, signal.SIGINT)
+
+  def __init__(self):
+    self.caught, self._before = 0, {}
+
+  def __enter__(self) -> 'Signals':
+    if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+      self._before = {s: signal.signal(s, self._catch) for s in self.HANDLED}
+    return self
+
+  def __exit__(self, *_) -> None:
+    for s, handler in self._before.items():
+      signal.signal(s, handler)
+
+  def _catch(self, number: int, _) -> None:
+    if self.caught:
+      signal.signal(number, signal.SIG_DFL)
+      os.kill(os.getpid(), number)
+    self.caught = number
+    say(f'{signal.Signals(number).name}: saving after this step; send it again to end at once')
+
+  def stop(self, step: int) -> bool:
+    """Whether to end after `step`. Every process must ask after every step."""
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+      self.caught = signal.SIGTERM
+    return bool(self.caught)

@@ -1,0 +1,132 @@
+"""Schema, config files and overrides: what a wrong key looks like to the person who typed it."""
+import dataclasses
+import re
+from typing import Literal
+
+import pytest
+
+from data_pipelines.errors import InputError
+from keye_jax.config import RunConfig, freeze, to_dict
+from keye_jax.nn import counts
+from launch.run_config import load
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+  rate: float = 1.0
+  axes: tuple[int, ...] = (1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+  inner: Inner = Inner()
+  steps: int = 3
+  on: bool = False
+  name: str = 'x'
+  kind: Literal['a', 'b'] = 'a'
+
+
+def changed(**values):
+  """to_dict(Outer()) with dotted keys replaced or added, or removed where the value is None."""
+  tree = to_dict(Outer()).to_dict()
+  for key, value in values.items():
+    *above, last = key.split('.')
+    group = tree
+    for name in above:
+      group = group[name]
+    if value is None:
+      del group[last]
+    else:
+      group[last] = value
+  return tree
+
+
+def test_freeze_and_to_dict_are_inverses():
+  for config in (Outer(), RunConfig(), load('configs/sft.py:tiny')):
+    frozen = freeze(type(config), to_dict(config))
+    assert frozen == config and hash(frozen) == hash(config)
+    assert to_dict(frozen) == to_dict(config)
+
+
+@pytest.mark.parametrize('values, message', [
+    ({'inner.raet': 1.0}, "inner: unknown key 'raet'; did you mean 'rate'?"),
+    ({'zzz': 1}, "config: unknown key 'zzz'; known keys: inner, kind, name, on, steps"),
+    ({'inner.rate': None}, "inner: missing keys ['rate']"),
+    ({'steps': 1.5}, 'steps: expected int, got 1.5'),
+    ({'steps': True}, 'steps: expected int, got True'),
+    ({'on': 1}, 'on: expected bool, got 1'),
+    ({'inner.rate': '1'}, "inner.rate: expected float, got '1'"),
+    ({'inner.rate': True}, 'inner.rate: expected float, got True'),
+    ({'inner.axes': 3}, 'inner.axes: expected a tuple, got 3'),
+    ({'inner.axes': 'ab'}, "inner.axes: expected a tuple, got 'ab'"),
+    ({'inner.axes': [1, 'b']}, "inner.axes[1]: expected int, got 'b'"),
+    ({'inner': 3}, 'inner: expected a group of keys, got 3'),
+    ({'kind': 'c'}, "kind: 'c' is not one of 'a', 'b'"),
+])
+def test_freeze_names_what_is_wrong(values, message):
+  with pytest.raises(InputError, match=f'^{re.escape(message)}$'):
+    freeze(Outer, changed(**values))
+
+
+def test_freeze_takes_what_json_and_the_command_line_give():
+  assert freeze(Outer, changed(**{'inner.axes': [4], 'inner.rate': 2})) == Outer(inner=Inner(2.0, (4,)))
+
+
+def test_overrides_reach_every_kind_of_key():
+  config = load('configs/sft.py:tiny', ['--config.optimizer.learning_rate=1', '--config.data.pack=false',
+                                        '--config.train.freeze=(\'vision\', \'embed\')', '--config.train.steps=7',
+                                        '--config.model.attention=dense', '--config.data.path=a=b.jsonl'])
+  assert config.optimizer.learning_rate == 1.0 and config.data.pack is False and config.train.steps == 7
+  assert config.train.freeze == ('vision', 'embed')
+  assert config.model.attention == 'dense' and config.data.path == 'a=b.jsonl'
+  base = load('configs/sft.py:tiny')
+  assert dataclasses.replace(config, model=base.model, optimizer=base.optimizer, data=base.data,
+                             train=base.train) == base
+  assert load('configs/sft.py:tiny', ['--config.train.freeze=vision']).train.freeze == ('vision',)
+
+
+@pytest.mark.parametrize('override, message', [
+    ('--config.optimizer.learningrate=1', 'no such key; did you mean --config.optimizer.learning_rate?'),
+    ('--config.modle.text.layers=1', 'no such key; did you mean --config.model.text.layers?'),
+    ('--config.steps=1', 'no such key; did you mean --config.train.steps?'),
+    ('--config.qqqq.zzzz=1', '--config.qqqq.zzzz: no such key'),
+    ('--config.train=1', '--config.train: no such key'),
+    ('--config.train.steps=many', "--config.train.steps=many: invalid literal for int() with base 10: 'many'"),
+    ('--config.data.pack=maybe', 'data.pack'),
+    ('--config.model.attention=spares', "model.attention: 'spares' is not one of 'dense', 'warmup', 'sparse'"),
+])
+def test_a_wrong_override_gives_one_line(override, message):
+  with pytest.raises(InputError) as caught:
+    load('configs/sft.py:tiny', [override])
+  assert message in str(caught.value) and '\n' not in str(caught.value)
+
+
+def test_a_wrong_file_gives_one_line(tmp_path):
+  def fails(text, config):
+    (tmp_path / 'c.py').write_text(text)
+    with pytest.raises(InputError) as caught:
+      load(config)
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+  c = str(tmp_path / 'c.py')
+  assert fails('', str(tmp_path / 'nothing.py')) == f'{tmp_path}/nothing.py: no such config file'
+  assert fails('x = = 1', c) == f'{c}:1: invalid syntax'
+  assert 'has no function get_config' in fails('x = 1', c)
+  (tmp_path / 'c.yaml').write_text('a: 1')
+  assert 'a config file is Python' in fails('', str(tmp_path / 'c.yaml'))
+  assert "no variant 'big'" in fails('', 'configs/sft.py:big')
+  assert "no variant ''" in fails('', 'configs/sft.py')
+  old = ('from keye_jax.config import *\ndef get_config(v):\n'
+         '  d = to_dict(RunConfig())\n  d.train.epochs = 3\n  return d')
+  assert fails(old, c).endswith("train: unknown key 'epochs'; known keys: accumulate, balance_weight, batch, freeze, "
+                                'indexer_weight, init, keep, log_every, max_bad_steps, save_every, seed, steps')
+
+
+def test_the_configs_describe_what_they_say():
+  assert counts.describe(load('configs/sft.py:30b').model)['parameters'] == 31_122_082_160
+  tiny = load('configs/sft.py:tiny')
+  assert counts.describe(tiny.model)['parameters'] < 500_000
+  assert tiny.data.vision_patches % tiny.model.vision.merge ** 2 == 0
+  full = load('configs/sft.py:30b')
+  assert full.data.vision_rows * full.data.vision_patches // 4 >= full.data.video_tokens
+  assert full.train.batch % (full.mesh.data * full.mesh.expert) == 0
