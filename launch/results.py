@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 FOLDER = pathlib.Path(__file__).parent.parent / 'docs' / 'results'
+README = FOLDER.parent.parent / 'README.md'
+START, END = '<!-- results:quickstart -->', '<!-- /results -->'
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'av')
 
 
@@ -26,6 +28,29 @@ def record(name: str, claim: str, n: int, baselines: Mapping[str, Any], arms: Ma
   path = FOLDER / f'{name}.json'
   path.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
   return path
+
+
+def readme_block(said: Mapping[str, Any]) -> str:
+  """The table of docs/results/quickstart.json as the README shows it."""
+  rows = {arm: next(iter(seeds.values())) for arm, seeds in said['arms'].items()} | said['baselines']
+  names = list(dict.fromkeys(name for values in rows.values() for name in values if name != 'strict'))
+  short = lambda name: name.removeprefix('accuracy/').replace('_', ' ')
+  cell = lambda values, name: f'{values[name]:.2f}' if name in values else '–'
+  lines = [f'| {said["n"]} held-out questions | {" | ".join(map(short, names))} |', '|---' * (len(names) + 1) + '|']
+  lines += [f'| {arm} | {" | ".join(cell(values, name) for name in names)} |' for arm, values in rows.items()]
+  minutes, commit_ = sum(said['seconds'].values()) / 60, said['commit'][:10]
+  lines += ['', f'`{said["command"]}`: {said["verdict"]}' + (f' ({said["why"]})' if said['why'] else '')
+            + f'. {minutes:.1f} minutes and {said["peak_gib"]:.1f} GiB on {said["hardware"]}; '
+            f'jax {said["versions"]["jax"]}, commit {commit_}. Details: `docs/results/quickstart.json`.']
+  return '\n'.join(lines)
+
+
+def refresh_readme() -> None:
+  """Puts the recorded quickstart between the markers of the README."""
+  said = json.loads((FOLDER / 'quickstart.json').read_text(encoding='utf-8'))
+  text = README.read_text(encoding='utf-8')
+  before, rest = text.split(START)
+  README.write_text(f'{before}{START}\n{readme_block(said)}\n{END}{rest.split(END)[1]}', encoding='utf-8')
 
 
 def commit() -> str:

@@ -1,0 +1,51 @@
+"""The documentation names files and commands that exist, and shows the numbers that were recorded."""
+import argparse
+import importlib
+import json
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from launch import cli, results
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = ['README.md', 'CONTRIBUTING.md', 'docs/papers.md']
+FOLDERS = ('', 'pallas_kernels', 'data_pipelines', 'keye_jax', 'tests/data_pipelines')
+# What the documentation names without promising that it lies in the checkout.
+ELSEWHERE = re.compile(r'runs/|~/|report\.html$|reference\.py$|xla\.py$|tpu\.py$|gpu\.py$|__init__\.py$|utils\.py$')
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_files_that_are_named_exist(page):
+  quoted = re.findall(r'`([^`\s]+)`', (ROOT / page).read_text())
+  paths = [q.split(':')[0] for q in quoted if re.search(r'/|\.(py|md|json|toml|sh)\b', q) and '<' not in q]
+  missing = [p for p in paths if not ELSEWHERE.search(p) and not any((ROOT / f / p).exists() for f in FOLDERS)]
+  assert len(paths) > 3 and not missing, missing
+
+
+def commands() -> list[list[str]]:
+  lines = re.findall(r'^keye .*$', (ROOT / 'README.md').read_text(), re.M)
+  return [shlex.split(re.split(r'\s{3,}', line)[0])[1:] for line in lines]
+
+
+@pytest.mark.parametrize('words', commands(), ids=' '.join)
+def test_commands_that_are_shown_parse(words):
+  module = importlib.import_module(cli.COMMANDS[words[0]][0])
+  parser = argparse.ArgumentParser(exit_on_error=False)
+  module.add_arguments(parser)
+  cli.split(parser, words[1:])
+
+
+def test_every_command_is_on_the_ladder_and_in_the_help(capsys):
+  assert {words[0] for words in commands()} == set(cli.COMMANDS)
+  assert cli.main(['--help']) == 0
+  said = capsys.readouterr().out
+  assert all(name in said for name in cli.COMMANDS)
+
+
+def test_readme_shows_what_was_recorded():
+  shown = (ROOT / 'README.md').read_text().split(results.START)[1].split(results.END)[0].strip()
+  recorded = results.FOLDER / 'quickstart.json'
+  assert shown == (results.readme_block(json.loads(recorded.read_text())) if recorded.exists() else '')
