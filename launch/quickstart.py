@@ -65,7 +65,7 @@ class Evaluated(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--out', default=recipe.RUNS, help='folder for data, runs, export and report; emptied first')
-  parser.add_argument('--record', action='store_true', help='write docs/results/quickstart.json and the README\'s table')
+  parser.add_argument('--record', action='store_true', help='write docs/results/quickstart.json and update the README')
 
 
 def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
