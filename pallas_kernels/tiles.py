@@ -6,7 +6,7 @@ heads major and time minor, so that every product is a plain matmul.
 B batch, T query time, S key time, H query heads, G KV heads, R query heads per KV head, N stacked queries R * T,
 K head dim, Q query tiles, P key tiles.
 """
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from pallas_kernels.mask import BRANCH_BITS, NEG_INF
 
 # Segments of padding: tokens that fill up a tile. Neither sees anything, not even its own kind, as real padding does.
 QUERY_PAD, KEY_PAD = -1, -1 << 2 * BRANCH_BITS
+KEYS = 256             # keys of a tile
 MAP_ROWS = 1 << 17     # score elements of a row from which the batch is a loop: its buffers then stay in the cache
 
 
@@ -139,8 +140,8 @@ def probabilities(q_GNK, k_GSK, lse_GN, mask_TS, scale) -> jax.Array:
 
 
 def gradients(q_GNK, k_GSK, v_GSK, lse_GN, delta_GN, do_GNK, mask_TS, scale):
-  """(dq_GNK, dk_GSK, dv_GSK) of one tile, float32. delta is the sum of do * o over K."""
+  """(probabilities p_GNS, dq_GNK, dk_GSK, dv_GSK) of one tile, float32. delta is the sum of do * o over K."""
   p_GNS = probabilities(q_GNK, k_GSK, lse_GN, mask_TS, scale)
   dv_GSK = dot('GNS,GNK->GSK', p_GNS, do_GNK)
   dx_GNS = p_GNS * (dot('GNK,GSK->GNS', do_GNK, v_GSK) - delta_GN[..., None]) * scale
-  return dot('GNS,GSK->GNK', dx_GNS, k_GSK), dot('GNS,GNK->GSK', dx_GNS, q_GNK), dv_GSK
+  return p_GNS, dot('GNS,GSK->GNK', dx_GNS, k_GSK), dot('GNS,GNK->GSK', dx_GNS, q_GNK), dv_GSK

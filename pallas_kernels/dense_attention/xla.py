@@ -14,11 +14,11 @@ import jax.numpy as jnp
 
 from pallas_kernels import tiles
 from pallas_kernels.mask import visible
+from pallas_kernels.tiles import KEYS
 
 SMALL = 512                # rows with at most this many keys are one tile
 FEW = 16                   # so are this few queries (decoding), however many the keys
 QUERY_ROWS = 2048          # query rows of a tile, all heads together
-KEYS = 256                 # keys of a tile
 
 
 def dense_attention(q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, *, causal, scale):
@@ -79,12 +79,13 @@ def attend_one(q_GNK, k_GSK, v_GSK, mask_TS, scale):
 def backward_one(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, lse_GN, delta_GN, do_GNK, *,
                  causal, scale):
   mask_TS = visible(q_segment_T[:, None], k_segment_S, q_order_T[:, None], k_order_S, causal)
-  return tiles.gradients(q_GNK, k_GSK, v_GSK, lse_GN, delta_GN, do_GNK, mask_TS, scale)
+  return tiles.gradients(q_GNK, k_GSK, v_GSK, lse_GN, delta_GN, do_GNK, mask_TS, scale)[1:]
 
 
-def cut_row(T, S, N, G, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, causal):
+def cut_row(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, causal):
   """Tile size of the queries, then keys and values in tiles, the mask of a tile pair, and the pairs that meet."""
-  block = query_tile(T, N * G // T)
+  (G, N, _), T = q_GNK.shape, len(q_order_T)
+  block = query_tile(T, G * N // T)
   keys = [tiles.cut(tiles.pad(x, 1, KEYS), 1, KEYS) for x in (k_GSK, v_GSK)]
   q_segment_QT, k_segment_PS = (tiles.cut(tiles.pad(q_segment_T, 0, block, tiles.QUERY_PAD), 0, block),
                                 tiles.cut(tiles.pad(k_segment_S, 0, KEYS, tiles.KEY_PAD), 0, KEYS))
@@ -116,8 +117,8 @@ def join_queries(x_QGNK, T: int, block: int):
 
 
 def forward_tiles(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, *, causal, scale):
-  (T,), (G, N, _), S = q_segment_T.shape, q_GNK.shape, k_GSK.shape[1]
-  block, (k_PGSK, v_PGSK), mask, tile_QP, count_Q = cut_row(T, S, N, G, k_GSK, v_GSK, q_segment_T, k_segment_S,
+  T = len(q_order_T)
+  block, (k_PGSK, v_PGSK), mask, tile_QP, count_Q = cut_row(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S,
                                                             q_order_T, k_order_S, causal)
 
   def one(query):
@@ -131,8 +132,8 @@ def forward_tiles(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_or
 
 def backward_tiles(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, lse_GN, delta_GN, do_GNK, *,
                    causal, scale):
-  (T,), (G, N, K), S = q_segment_T.shape, q_GNK.shape, k_GSK.shape[1]
-  block, (k_PGSK, v_PGSK), mask, tile_QP, count_Q = cut_row(T, S, N, G, k_GSK, v_GSK, q_segment_T, k_segment_S,
+  T, S = len(q_order_T), len(k_order_S)
+  block, (k_PGSK, v_PGSK), mask, tile_QP, count_Q = cut_row(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S,
                                                             q_order_T, k_order_S, causal)
   queries = [cut_queries(x, T, block) for x in (q_GNK, lse_GN, delta_GN, do_GNK)]
 
@@ -142,7 +143,7 @@ def backward_tiles(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_o
     def step(n, carry):
       dq_GNK, dk_PGSK, dv_PGSK = carry
       p = tile_P[n]
-      dq, dk, dv = tiles.gradients(q_GNK, k_PGSK[p], v_PGSK[p], lse_GN, delta_GN, do_GNK, mask(i, p), scale)
+      _, dq, dk, dv = tiles.gradients(q_GNK, k_PGSK[p], v_PGSK[p], lse_GN, delta_GN, do_GNK, mask(i, p), scale)
       return dq_GNK + dq, dk_PGSK.at[p].add(dk), dv_PGSK.at[p].add(dv)
 
     dq_GNK, *grads = jax.lax.fori_loop(0, count, step, (jnp.zeros(q_GNK.shape), *grads))

@@ -14,7 +14,7 @@ class Selection(NamedTuple):
   """Keeps the visible keys that score above the threshold, and those that equal it up to an order.
 
   Orders of the keys one query sees are unique, so among equal scores the lowest orders are kept and never more than k.
-  A query with fewer than k visible keys has threshold -inf: it keeps all of them.
+  A query with at most k visible keys has threshold -inf: it keeps all of them.
   """
   threshold_BT: jax.Array    # float32, score of the k-th key
   last_BT: jax.Array         # int32, order of the last key kept at that score

@@ -5,9 +5,9 @@ B batch, T query time, S key time, H query heads, G KV heads, K head dim, I inde
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.indexer_warmup import reference
+from pallas_kernels.indexer_warmup import reference, xla
 
-IMPLEMENTATIONS = {'reference': reference.indexer_warmup, 'xla': reference.indexer_warmup}
+IMPLEMENTATIONS = {'reference': reference.indexer_warmup, 'xla': xla.indexer_warmup}
 
 
 def indexer_warmup(q_BTHK: jax.Array, k_BSGK: jax.Array, lse_BTH: jax.Array, iq_BTIJ: jax.Array, ik_BSJ: jax.Array,
