@@ -1,15 +1,14 @@
 """SwiGLU experts, and how tokens travel to them.
 
-B batch, T time, N flattened tokens, D embed, E experts (of this device), F ffn, K experts per token, M = N * K picks.
+B batch, T time, N flattened tokens, D embed, E experts (of this device), F ffn, K experts per token.
 """
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from keye_jax import sharding
 from keye_jax.config import ModelConfig
 from keye_jax.nn import layers, router
-from pallas_kernels.grouped_matmul import grouped_swiglu
+from pallas_kernels.grouped_matmul import routed_swiglu
 
 
 class Mlp(nn.Module):
@@ -20,7 +19,7 @@ class Mlp(nn.Module):
   def __call__(self, x_BTD, valid_BT):
     c, text = self.config, self.config.text
     D, F, E = text.embed, text.ffn, text.experts
-    init_in, init_out = nn.initializers.normal(D ** -0.5), nn.initializers.normal(F ** -0.5)
+    init_in, init_out = nn.initializers.normal(D ** -0.5), layers.residual_init(F, text.layers)
     if not E:
       gate_up_DF2 = sharding.param(self, 'gate_up', init_in, (D, 2 * F), ('embed', None), c)
       down_FD = sharding.param(self, 'down', init_out, (F, D), (None, 'embed'), c)
@@ -48,46 +47,13 @@ def moe(config: ModelConfig, x_BTD, routing: router.Routing, gate_up_EDF2, down_
     flat = lambda a: a.reshape(B * T, a.shape[-1])
     x_ND, expert_NK, weight_NK = flat(x_BTD), flat(expert_BTK), flat(weight_BTK)
     if not ring:
-      return own_experts(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD).reshape(B, T, D)
+      return routed_swiglu(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD).reshape(B, T, D)
     gather = lambda a: jax.lax.all_gather(a, 'expert', tiled=True)
     first = jax.lax.axis_index('expert') * gate_up_EDF2.shape[0]
-    y_ND = own_experts(gather(x_ND), gather(expert_NK) - first, gather(weight_NK), gate_up_EDF2, down_EFD)
+    y_ND = routed_swiglu(gather(x_ND), gather(expert_NK) - first, gather(weight_NK), gate_up_EDF2, down_EFD)
     return jax.lax.psum_scatter(y_ND, 'expert', tiled=True).reshape(B, T, D)
 
   tokens = ('batch', 'seq', None)
   in_axes = (tokens, tokens, tokens, ('experts', None, None), ('experts', None, None))
   return sharding.local(fn, config.layout, in_axes, tokens)(
       x_BTD, routing.expert_BTK, routing.weight_BTK, gate_up_EDF2, down_EFD)
-
-
-def own_experts(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD) -> jax.Array:
-  """Picks outside 0..E-1 belong to another device, or to padding, and add nothing."""
-  E, K = gate_up_EDF2.shape[0], expert_NK.shape[1]
-  expert_M = expert_NK.reshape(-1)
-  expert_M = jnp.where((expert_M >= 0) & (expert_M < E), expert_M, E)
-  order_M = jnp.argsort(expert_M)
-  sizes_E = jnp.diff(jnp.searchsorted(expert_M[order_M], jnp.arange(E + 1))).astype(jnp.int32)
-  y_MD = grouped_swiglu(take_rows(x_ND, order_M, K), gate_up_EDF2, down_EFD, sizes_E)
-  y_NKD = y_MD[jnp.argsort(order_M)].reshape(*expert_NK.shape, -1)
-  return jnp.einsum('NKD,NK->ND', y_NKD, weight_NK.astype(y_NKD.dtype))
-
-
-@jax.custom_vjp
-def _spread(x_ND, order_M, back_NK):
-  return x_ND[order_M // back_NK.shape[1]]
-
-
-def _spread_fwd(x_ND, order_M, back_NK):
-  return _spread(x_ND, order_M, back_NK), back_NK
-
-
-def _spread_bwd(back_NK, g_MD):
-  return g_MD[back_NK].sum(1), None, None
-
-
-_spread.defvjp(_spread_fwd, _spread_bwd)
-
-
-def take_rows(x_ND: jax.Array, order_M: jax.Array, K: int) -> jax.Array:
-  """Each token's row once a pick, in expert order. Its gradient gathers by the inverse permutation: no scatter-add."""
-  return _spread(x_ND, order_M, jnp.argsort(order_M).reshape(-1, K))

@@ -1,50 +1,49 @@
-"""Matrix products of rows that are sorted by expert, each with its own expert's weights.
+"""Matrix products of rows with the weights of the expert each belongs to.
 
-Rows `sum(sizes_E[:e]) .. sum(sizes_E[:e+1])` belong to expert e; an expert may have none. Rows beyond `sum(sizes_E)`
-belong to nobody: they give zeros, pass no gradient and cost no work.
-
-N rows, D input features, F output features (of `grouped_swiglu`: hidden ones), E experts.
+N rows, D input features, F output features (of `routed_swiglu`: hidden ones), E experts, K experts of a row.
 """
 import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.grouped_matmul import reference, xla
+from pallas_kernels.grouped_matmul import reference, routed, xla
 
 
 def grouped_matmul(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array,
                    implementation: Implementation | None = None) -> jax.Array:
   """y[n] = x[n] @ w[expert of n]: [N, F] in x's dtype, accumulated in float32.
 
-  sizes_E: int32, rows of each expert. Differentiable in x and w. Raises ValueError when the shapes do not fit.
+  Rows are sorted by expert: `sizes_E[e]` (int32, may be 0) of them belong to expert e. Rows beyond `sum(sizes_E)`
+  belong to nobody: they give zeros, pass no gradient and cost no work. Differentiable in x and w. Raises ValueError
+  when the shapes do not fit.
   """
-  _check('grouped_matmul', x_ND, w_EDF, sizes_E)
+  if x_ND.ndim != 2 or w_EDF.ndim != 3 or x_ND.shape[1] != w_EDF.shape[1] or sizes_E.shape != w_EDF.shape[:1]:
+    raise ValueError('grouped_matmul: x [N, D], weights [E, D, F] and sizes [E] do not fit: '
+                     f'{x_ND.shape}, {w_EDF.shape}, {sizes_E.shape}')
   if dispatch.choose('grouped_matmul', implementation) == 'reference':
     return reference.grouped_matmul(x_ND, w_EDF, sizes_E)
   return _matmul(x_ND, w_EDF, sizes_E)
 
 
-def grouped_swiglu(x_ND: jax.Array, gate_up_EDF2: jax.Array, down_EFD: jax.Array, sizes_E: jax.Array,
-                   implementation: Implementation | None = None) -> jax.Array:
-  """The whole expert, silu(x W_gate) * (x W_up) W_down: [N, D] in x's dtype, accumulated in float32.
+def routed_swiglu(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, gate_up_EDF2: jax.Array,
+                  down_EFD: jax.Array, implementation: Implementation | None = None) -> jax.Array:
+  """y[n] = sum_k weight[n, k] * MLP_e(x[n]), e = expert[n, k], MLP_e(x) = (silu(x W_gate) * (x W_up)) W_down.
 
-  gate_up_EDF2: [E, D, 2 F], the gate in the first half. Differentiable in x and both weights; the hidden
-  pre-activations [N, 2 F] are what the backward pass keeps. Raises ValueError when the shapes do not fit.
+  expert_NK: int32; a pick outside 0..E-1 belongs to another device, or to padding, and adds nothing. weight_NK:
+  float32. gate_up_EDF2: [E, D, 2 F], the gate in the first half. y has x's dtype, products are accumulated in float32.
+  Differentiable in x, weight and both matrices; the backward pass keeps the hidden pre-activations [N K, 2 F].
+  Raises ValueError when the shapes do not fit.
   """
-  _check('grouped_swiglu', x_ND, gate_up_EDF2, sizes_E)
   E, D, F2 = gate_up_EDF2.shape
   if F2 % 2 or down_EFD.shape != (E, F2 // 2, D):
-    raise ValueError(f'grouped_swiglu: gate_up {gate_up_EDF2.shape} is [E, D, 2 F] and needs down [E, F, D], '
+    raise ValueError(f'routed_swiglu: gate_up {gate_up_EDF2.shape} is [E, D, 2 F] and needs down [E, F, D], '
                      f'got {down_EFD.shape}')
-  if dispatch.choose('grouped_swiglu', implementation) == 'reference':
-    return reference.grouped_swiglu(x_ND, gate_up_EDF2, down_EFD, sizes_E)
-  return _swiglu(x_ND, gate_up_EDF2, down_EFD, sizes_E)
-
-
-def _check(op, x_ND, w_EDF, sizes_E):
-  if x_ND.ndim != 2 or w_EDF.ndim != 3 or x_ND.shape[1] != w_EDF.shape[1] or sizes_E.shape != w_EDF.shape[:1]:
-    raise ValueError(f'{op}: x [N, D], weights [E, D, F] and sizes [E] do not fit: '
-                     f'{x_ND.shape}, {w_EDF.shape}, {sizes_E.shape}')
+  if expert_NK.ndim != 2 or weight_NK.shape != expert_NK.shape or x_ND.shape != (len(expert_NK), D):
+    raise ValueError(f'routed_swiglu: x [N, D], experts [N, K] and weights [N, K] with D = {D} do not fit: '
+                     f'{x_ND.shape}, {expert_NK.shape}, {weight_NK.shape}')
+  if dispatch.choose('routed_swiglu', implementation) == 'reference':
+    return reference.routed_swiglu(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD)
+  return _routed(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD)
 
 
 @jax.custom_vjp
@@ -64,17 +63,18 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 @jax.custom_vjp
-def _swiglu(x_ND, gate_up_EDF2, down_EFD, sizes_E):
-  return xla.swiglu(x_ND, gate_up_EDF2, down_EFD, sizes_E)
+def _routed(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD):
+  return routed.swiglu(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD)
 
 
-def _swiglu_fwd(x_ND, gate_up_EDF2, down_EFD, sizes_E):
-  y_ND, h_NF2 = xla.swiglu_fwd(x_ND, gate_up_EDF2, down_EFD, sizes_E)
-  return y_ND, (x_ND, gate_up_EDF2, down_EFD, sizes_E, h_NF2)
+def _routed_fwd(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD):
+  y_ND, saved = routed.swiglu_fwd(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD)
+  return y_ND, (x_ND, weight_NK, gate_up_EDF2, down_EFD, saved)
 
 
-def _swiglu_bwd(saved, dy_ND):
-  return *xla.swiglu_bwd(*saved, dy_ND), None
+def _routed_bwd(saved, dy_ND):
+  dx_ND, dweight_NK, dgate_up_EDF2, ddown_EFD = routed.swiglu_bwd(*saved, dy_ND)
+  return dx_ND, None, dweight_NK, dgate_up_EDF2, ddown_EFD
 
 
-_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+_routed.defvjp(_routed_fwd, _routed_bwd)

@@ -1,6 +1,6 @@
 """The specification: every row through every expert, its own kept. O(N E D F).
 
-N rows, D input features, F output or hidden features, E experts.
+N rows, D input features, F output or hidden features, E experts, K experts of a row.
 """
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def grouped_matmul(x_ND, w_EDF, sizes_E):
   return einsum('NEF,NE->NF', y_NEF, owner(len(x_ND), sizes_E)).astype(x_ND.dtype)
 
 
-def grouped_swiglu(x_ND, gate_up_EDF2, down_EFD, sizes_E):
+def routed_swiglu(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD):
   gate_NEF, up_NEF = jnp.split(einsum('ND,EDF->NEF', x_ND, gate_up_EDF2), 2, -1)
   y_NED = einsum('NEF,EFD->NED', (jax.nn.silu(gate_NEF) * up_NEF).astype(x_ND.dtype), down_EFD)
-  return einsum('NED,NE->ND', y_NED, owner(len(x_ND), sizes_E)).astype(x_ND.dtype)
+  return einsum('NED,NKE,NK->ND', y_NED, jax.nn.one_hot(expert_NK, len(down_EFD)), weight_NK).astype(x_ND.dtype)
