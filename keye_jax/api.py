@@ -9,6 +9,7 @@ B rows, T tokens, V vocabulary, Q branches of a row (always one here).
 import dataclasses
 import functools
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -54,7 +55,7 @@ def load_pretrained(folder: str | os.PathLike, dtype: Dtype | None = None,
   if checkpoint.is_run(folder):
     run = run_folder.read_config(folder)
     config = adapt(run.model)
-    params = checkpoint.load_params(folder, keye.param_shapes(config), report=lambda line: None).params
+    params = checkpoint.load_params(folder, keye.param_shapes(config), warnings.warn).params
     data = dataclasses.replace(run.data, tokenizer=run_tokenizer(folder, run.data))
     return Model(config, pipeline.open_tokenizer(data), data, folder, default_format(config)), params
   if folder.endswith('.gguf'):
