@@ -59,17 +59,19 @@ def _background(rng, split, count, side):
 
 
 def _show(rng, split, frames_FHW3, event, side):
-  """Draws one digit, in place: bright ink on a dark plate, half of the frame or more, drifting a little."""
+  """Draws one digit, in place: bright ink on a dark plate, half of the frame or more, near the middle of the frame (or
+  of its half, when two are shown), drifting a little."""
   digits = material.digits(split)
   ink_88 = digits.image_N88[rng.choice(np.flatnonzero(digits.label_N == event.digit))]
-  size = side // 2 if event.place != ALONE else int(rng.integers(round(0.6 * side), round(0.8 * side) + 1))
+  size = side // 2 if event.place != ALONE else int(rng.integers(round(0.7 * side), round(0.8 * side) + 1))
   ink = np.asarray(Image.fromarray(ink_88).resize((size, size), Image.Resampling.BICUBIC), np.float32)[..., None] / 255
   plate, bright = rng.uniform(0, 30, 3), rng.uniform(200, 255, 3)
   plate_HW3 = (plate * (1 - ink) + bright * ink).astype(np.uint8)
-  low, high = (0, side - size) if event.place == ALONE else (0, 0) if event.place == LEFT else (side // 2, side // 2)
-  drift = side // 28
-  y0, x0 = rng.integers(0, side - size + 1), rng.integers(low, high + 1)
-  y1, x1 = np.clip([y0, x0] + rng.integers(-drift, drift + 1, 2), [0, low], [side - size, high])
+  middle, drift = (side - size) // 2, side // 28
+  away = middle if event.place == ALONE else 0                   # how far it may lie from its place sideways
+  left = middle if event.place == ALONE else 0 if event.place == LEFT else side // 2
+  y0, x0 = middle + rng.integers(-side // 14, side // 14 + 1), left + rng.integers(-min(away, side // 14), min(away, side // 14) + 1)
+  y1, x1 = np.clip([y0, x0] + rng.integers(-drift, drift + 1, 2), [0, left - away], [side - size, left + away])
   for i, share in enumerate(np.linspace(0, 1, len(frames_FHW3))):
     y, x = round(y0 + share * (y1 - y0)), round(x0 + share * (x1 - x0))
     frames_FHW3[i, y:y + size, x:x + size] = plate_HW3

@@ -81,7 +81,7 @@ class Attention(nn.Module):
     q_DHK = sharding.param(self, 'q', init, (D, H, K), ('embed', None, None), c)
     k_DGK = sharding.param(self, 'k', init, (D, G, K), ('embed', None, None), c)
     v_DGK = sharding.param(self, 'v', init, (D, G, K), ('embed', None, None), c)
-    o_HKD = sharding.param(self, 'o', nn.initializers.normal((H * K) ** -0.5), (H, K, D), (None, None, 'embed'), c)
+    o_HKD = sharding.param(self, 'o', layers.residual_init(H * K, text.layers), (H, K, D), (None, None, 'embed'), c)
 
     q_BTHK = jnp.einsum('BTD,DHK->BTHK', x_BTD, q_DHK)
     k_BTGK = jnp.einsum('BTD,DGK->BTGK', x_BTD, k_DGK)

@@ -29,8 +29,8 @@ class Keye(nn.Module):
   @nn.compact
   def __call__(self, batch: Batch, cache: decoder.Cache | None = None, keep_kv: bool = False) -> Output:
     c, text = self.config, self.config.text
-    embed_VD = sharding.param(self, 'embed', nn.initializers.normal(text.embed ** -0.5), (text.vocab, text.embed),
-                              (None, 'embed'), c)
+    embed_VD = sharding.param(self, 'embed', nn.initializers.normal(text.embed ** -0.5 if text.tied_head else 1.0),
+                              (text.vocab, text.embed), (None, 'embed'), c)
     is_text_BT = batch.vision_BT < 0
     x_BTD = decoder.lookup(c, embed_VD, batch.token_BT, is_text_BT)
     if c.vision.layers and batch.patch_BRNC.shape[1]:

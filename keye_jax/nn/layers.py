@@ -4,6 +4,7 @@ B batch, T time, D features, F ffn width.
 """
 import jax
 import jax.numpy as jnp
+from flax.linen import initializers
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -25,3 +26,9 @@ def swiglu(x_BTD: jax.Array, gate_up_DF2: jax.Array, down_FD: jax.Array) -> jax.
   """silu(x W_gate) * (x W_up) W_down; the gate is the first half of gate_up's columns."""
   gate, up = jnp.split(jnp.einsum('BTD,DF->BTF', x_BTD, gate_up_DF2), 2, -1)
   return jnp.einsum('BTF,FD->BTD', jax.nn.silu(gate) * up, down_FD)
+
+
+def residual_init(fan_in: int, layers: int):
+  """For the 2 * layers matrices that write into the residual stream: together they add about what one would, so that
+  a deep stack starts near the identity and a token is not drowned in its first layers."""
+  return initializers.normal((2 * layers * fan_in) ** -0.5)

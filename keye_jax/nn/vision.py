@@ -65,12 +65,12 @@ class VisionBlock(nn.Module):
     q, k = rope.rotate(q, cos_BRNF, sin_BRNF), rope.rotate(k, cos_BRNF, sin_BRNF)
     rows, frames = ('batch', None, None, None, None), ('batch', None, None)
     o_BRNHK = sharding.local(frame_attention, c.layout, (rows, rows, rows, frames), rows)(q, k, val, frame_BRN)
-    x_BRNW += (jnp.einsum('BRNHK,HKW->BRNW', o_BRNHK, param('o', init, H, K, W, axes=(None, None, 'embed')))
+    x_BRNW += (jnp.einsum('BRNHK,HKW->BRNW', o_BRNHK, param('o', layers.residual_init(W, v.layers), H, K, W, axes=(None, None, 'embed')))
                + param('o_bias', zeros, W, axes=(None,)))
     y_BRNW = norm('norm2', x_BRNW)
     h = jnp.einsum('BRNW,WF->BRNF', y_BRNW, param('fc1', init, W, F)) + param('fc1_bias', zeros, F, axes=(None,))
     h = jax.nn.gelu(h, approximate=True)
-    return x_BRNW + (jnp.einsum('BRNF,FW->BRNW', h, param('fc2', nn.initializers.normal(F ** -0.5), F, W,
+    return x_BRNW + (jnp.einsum('BRNF,FW->BRNW', h, param('fc2', layers.residual_init(F, v.layers), F, W,
                                                           axes=(None, 'embed')))
                      + param('fc2_bias', zeros, W, axes=(None,)))
 
