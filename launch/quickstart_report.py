@@ -13,6 +13,7 @@ from data_pipelines.schema import Example
 from keye_jax import api, metrics
 from keye_jax.config import DataConfig, ModelConfig
 from keye_jax.evals import intervals, questions
+from keye_jax.evals.scores import Question
 from keye_jax.nn import inspect
 from launch import report
 from launch.report_plots import Line
@@ -20,16 +21,18 @@ from launch.report_plots import Line
 CLIPS = 4      # shown: the first held-out clips that are asked when something happens
 
 
-def write(out: pathlib.Path, spent: Sequence[tuple[str, float]], evaluated, facts: Mapping[str, str]) -> None:
-  """`out`/report.html. `evaluated` is the Evaluated of launch/quickstart.py."""
-  ok = all(check.ok for check in evaluated.checks)
-  questions_n, model = len(evaluated.found['sparse'].questions), recipe.MODEL
-  summary = (f'A Keye of {model.text.layers} layers and {model.text.experts} experts, trained from random weights in '
-             f'this run, answers {questions_n} questions about clips that share no digit and no background with '
-             f'training. Each query attends to {model.text.indexer.topk} tokens. '
-             + ('All requirements are met.' if ok else 'Not all requirements are met.'))
+def write(out: pathlib.Path, spent: Sequence[tuple[str, float]], model: api.Model, params, evaluated,
+          facts: Mapping[str, str]) -> None:
+  """`out`/report.html. `evaluated` is the Evaluated of launch/quickstart.py, `model` the one it calls sparse."""
+  met, text, found = all(check.ok for check in evaluated.checks), model.config.text, evaluated.found['sparse']
+  summary = (f'A Keye of {text.layers} layers and {text.experts} experts, trained from random weights in this run, '
+             f'answers {len(found.questions)} questions about clips that share no digit and no background with '
+             f'training. Each query attends to {text.indexer.topk} tokens. '
+             + ('All requirements are met.' if met else 'Not all requirements are met.'))
+  answers = {(q.clip, q.text): answer for q, answer in zip(*found[:2])}
   report.write(out / 'report.html', report.Report(
-    'keye quickstart', summary, facts, evaluated.checks, evaluated.arms, curves(out), spent, clips(out)))
+    'keye quickstart', summary, facts, evaluated.checks, evaluated.arms, curves(out), spent,
+    clips(out, model, params, answers)))
 
 
 def curves(out: pathlib.Path):
@@ -52,33 +55,30 @@ def offsets(records, names) -> list[int]:
   return [0, *itertools.accumulate(records[name][-1]['step'] if records[name] else 0 for name in names)][:len(names)]
 
 
-def clips(out: pathlib.Path) -> list[report.ClipView]:
-  model, params = api.load_pretrained(out / 'sparse', attention='sparse')
+def clips(out: pathlib.Path, model: api.Model, params, answers: Mapping[tuple[str, str], str]) -> list[report.ClipView]:
   path = out / 'data' / 'heldout.jsonl'
-  data = dataclasses.replace(model.data, path=str(path), grey=False)
-  rows, found = sources.Rows(path), []
+  data, rows, found = dataclasses.replace(model.data, path=str(path)), sources.Rows(path), []
   for i in range(len(rows)):
     row = rows.raw(i)
     at = next((b for b, kind in enumerate(row['type']) if kind == 'ground'), None)
     if at is not None:
-      found.append(view(model, params, data, rows[i], at))
+      question = questions.question(rows[i], at)
+      found.append(view(model, params, data, rows[i], at, question, answers[question.clip, question.text]))
     if len(found) == CLIPS:
       break
   return found
 
 
-def view(model: api.Model, params, data, row: sources.Row, branch: int) -> report.ClipView:
-  """One clip, one question, the model's answer to it, and what each layer let the answer see."""
-  v, question = model.config.vision, questions.question(row, branch)
-  asked = chat.fork(row.trunk, row.branches[branch][:1])
-  path = next(value for kind, value in asked[0].parts if kind == 'video')
-  answer = api.generate(model, params, [{'role': 'user', 'content': f'<video>{question.text}'}], videos=[path],
-                        max_tokens=16)
-  turns = [*pipeline.load_media(asked, data, v.patch, v.merge), chat.Turn('assistant', (('text', answer),))]
-  clip = next(value for kind, value in turns[0].parts if kind == 'video')
-  example = chat.tokenize(turns, model.tokenizer, patch=v.patch, merge=v.merge)
+def view(model: api.Model, params, data: DataConfig, row: sources.Row, branch: int, question: Question,
+         answer: str) -> report.ClipView:
+  """One clip, one question, the answer that was scored, and what each layer let the answer see."""
+  v = model.config.vision
+  asked = pipeline.load_media(chat.fork(row.trunk, row.branches[branch][:1]), data, v.patch, v.merge)
+  example = chat.tokenize([*asked, chat.Turn('assistant', (('text', answer),))], model.tokenizer, patch=v.patch,
+                          merge=v.merge)
+  clip = next(value for kind, value in asked[0].parts if kind == 'video')
   return report.ClipView(
-    f'{pathlib.Path(path).name} ({row.extra["background"]})', question.text, answer, question.expected,
+    f'{pathlib.Path(clip.source).name} ({row.extra["background"]})', question.text, answer, question.expected,
     clip.frames_FHW3, list(clip.seconds_F), question.seconds, intervals.parse(answer).interval, question.interval,
     question.others, selected(model.config, params, data, example))
 
