@@ -29,7 +29,7 @@ def start(mesh: MeshConfig | None = None) -> None:
     jax.distributed.initialize()
   if mesh is None or mesh == MeshConfig():
     if jax.process_count() > 1:
-      raise InputError(f'mesh: 1 x 1 x 1 is one device, there are {jax.process_count()} processes; set --config.mesh.data')
+      raise InputError(f'mesh: 1 x 1 x 1 is one device for {jax.process_count()} processes; set --config.mesh.data')
   else:
     try:
       sharding.use_mesh(mesh)

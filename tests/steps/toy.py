@@ -10,7 +10,7 @@ import numpy as np
 
 from keye_jax.objectives.sft import sft
 
-L, D, H, K, E, F, V, I, J, W = 2, 8, 2, 4, 3, 6, 11, 2, 3, 5
+L, D, H, K, E, F, V, I, J, W = 2, 8, 2, 4, 4, 6, 11, 2, 3, 5
 
 
 class Rows(NamedTuple):

@@ -1,0 +1,46 @@
+import jax
+import numpy as np
+import pytest
+
+from data_pipelines.errors import InputError
+from data_pipelines.schema import Batch
+from keye_jax import feed
+from tests.nn import batches
+from tests.steps.test_mesh import mesh
+
+
+def numbered(B=8, T=32):
+  """A batch whose every value is different."""
+  shapes = jax.tree.map(np.shape, batches.mixed(B=B, T=T))
+  return Batch(*(np.arange(np.prod(s)).reshape(s).astype(np.int32) for s in shapes))
+
+
+@pytest.mark.parametrize('shape, layout', [((2, 2, 2), 'train'), ((4, 1, 2), 'train'), ((2, 2, 2), 'train_long')])
+def test_every_device_gets_its_block(shape, layout):
+  batch = numbered()
+  with mesh(*shape):
+    assert feed.share(layout, 8) == (0, 1)
+    placed = feed.place(layout, batch, 0, 1)
+    rows = {'train': shape[0] * shape[2], 'train_long': shape[0]}[layout]
+    assert placed.token_BT.sharding.shard_shape((8, 32)) == (8 // rows, 32 * rows // 8)
+    assert placed.patch_BRNC.sharding.shard_shape(placed.patch_BRNC.shape)[1:] == placed.patch_BRNC.shape[1:]
+    jax.tree.map(np.testing.assert_array_equal, placed, batch)
+
+
+def test_two_processes_would_each_place_their_rows(monkeypatch):
+  """Part 1 of 2 reads rows 4 to 7 of the whole out of its own four."""
+  batch = numbered(4)
+  asked = []
+  with mesh(8, 1, 1):
+    monkeypatch.setattr(jax, 'make_array_from_callback', lambda shape, sharding, read: asked.append((shape, read)))
+    feed.place('train', batch, 1, 2)
+  (shape, read), *_ = asked
+  assert shape == (8, 32)
+  np.testing.assert_array_equal(read((slice(4, 5), slice(None))), batch.token_BT[:1])
+  np.testing.assert_array_equal(read((slice(6, 8), slice(8, 16))), batch.token_BT[2:, 8:16])
+
+
+def test_rows_that_do_not_divide_are_refused():
+  with mesh(2, 2, 2):
+    with pytest.raises(InputError, match='train.batch = 6 rows cannot be divided over 4 groups of devices'):
+      feed.share('train', 6)
