@@ -123,14 +123,11 @@ def attend(q_GNK, k_PGSK, v_PGSK, tile_P, count, mask: Callable, scale) -> tuple
     return new_GN, l_GN * fade_GN + w_GNS.sum(-1), acc_GNK
 
   init = jnp.full((G, N), NEG_INF), jnp.zeros((G, N)), jnp.zeros((G, N, v_PGSK.shape[-1]))
-  return finish(*jax.lax.fori_loop(0, count, step, init))
-
-
-def finish(m_GN, l_GN, acc_GNK) -> tuple[jax.Array, jax.Array]:
-  """(o_GNK, lse_GN) of a softmax's running maximum, sum and weighted values."""
+  m_GN, l_GN, acc_GNK = jax.lax.fori_loop(0, count, step, init)
   seen_GN = m_GN > NEG_INF
-  o_GNK = jnp.where(seen_GN[..., None], acc_GNK / jnp.maximum(l_GN, 1e-30)[..., None], 0)
-  return o_GNK, jnp.where(seen_GN, m_GN + jnp.log(jnp.maximum(l_GN, 1e-30)), NEG_INF)
+  l_GN = jnp.where(seen_GN, l_GN, 1)
+  return (jnp.where(seen_GN[..., None], acc_GNK / l_GN[..., None], 0),
+          jnp.where(seen_GN, m_GN + jnp.log(l_GN), NEG_INF))
 
 
 def probabilities(q_GNK, k_GSK, lse_GN, mask_TS, scale) -> jax.Array:

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tiles
-from pallas_kernels.mask import visible
-from pallas_kernels.tiles import KEYS
+from pallas_kernels.mask import NEG_INF, visible
 
 SMALL = 512                # rows with at most this many keys are one tile
 FEW = 16                   # so are this few queries (decoding), however many the keys
@@ -66,14 +65,18 @@ def is_small(T: int, S: int) -> bool:
 def forward_one(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, *, causal, scale):
   """(o_GNK float32, lse_GN) of a row in one tile."""
   mask_TS = visible(q_segment_T[:, None], k_segment_S, q_order_T[:, None], k_order_S, causal)
-  return attend_one(q_GNK, k_GSK, v_GSK, mask_TS, scale)
+  return attend_one(q_GNK, k_GSK, v_GSK, mask_TS, scale)[:2]
 
 
 def attend_one(q_GNK, k_GSK, v_GSK, mask_TS, scale):
+  """(o_GNK float32, lse_GN, probabilities p_GNS) under any mask. A query that sees nothing gets 0 and NEG_INF."""
   x_GNS = tiles.logits(q_GNK, k_GSK, mask_TS, scale)
   m_GN = x_GNS.max(-1)
-  w_GNS = jnp.exp(x_GNS - m_GN[..., None])
-  return tiles.finish(m_GN, w_GNS.sum(-1), tiles.dot('GNS,GSK->GNK', w_GNS, v_GSK))
+  seen_GN = m_GN > NEG_INF
+  w_GNS = jnp.exp(x_GNS - jnp.where(seen_GN, m_GN, 0)[..., None])
+  l_GN = jnp.where(seen_GN, w_GNS.sum(-1), 1)
+  p_GNS = w_GNS / l_GN[..., None]
+  return tiles.dot('GNS,GSK->GNK', p_GNS, v_GSK), jnp.where(seen_GN, m_GN + jnp.log(l_GN), NEG_INF), p_GNS
 
 
 def backward_one(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, lse_GN, delta_GN, do_GNK, *,
@@ -86,21 +89,20 @@ def cut_row(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S,
   """Tile size of the queries, then keys and values in tiles, the mask of a tile pair, and the pairs that meet."""
   (G, N, _), T = q_GNK.shape, len(q_order_T)
   block = query_tile(T, G * N // T)
-  keys = [tiles.cut(tiles.pad(x, 1, KEYS), 1, KEYS) for x in (k_GSK, v_GSK)]
-  q_segment_QT, k_segment_PS = (tiles.cut(tiles.pad(q_segment_T, 0, block, tiles.QUERY_PAD), 0, block),
-                                tiles.cut(tiles.pad(k_segment_S, 0, KEYS, tiles.KEY_PAD), 0, KEYS))
-  q_order_QT, k_order_PS = (tiles.cut(tiles.pad(x, 0, n), 0, n) for x, n in ((q_order_T, block), (k_order_S, KEYS)))
+  cut = lambda x, axis, size, value=0: tiles.cut(tiles.pad(x, axis, size, value), axis, size)
+  q_segment_QT, q_order_QT = cut(q_segment_T, 0, block, tiles.QUERY_PAD), cut(q_order_T, 0, block)
+  k_segment_PS, k_order_PS = cut(k_segment_S, 0, tiles.KEYS, tiles.KEY_PAD), cut(k_order_S, 0, tiles.KEYS)
 
   def mask(i, p):
     return visible(q_segment_QT[i][:, None], k_segment_PS[p], q_order_QT[i][:, None], k_order_PS[p], causal)
 
   tile_QP, count_Q = tiles.front(tiles.meeting(q_segment_QT, k_segment_PS, q_order_QT, k_order_PS, causal))
-  return block, keys, mask, tile_QP, count_Q
+  return block, (cut(k_GSK, 1, tiles.KEYS), cut(v_GSK, 1, tiles.KEYS)), mask, tile_QP, count_Q
 
 
 def query_tile(T: int, H: int) -> int:
   """Queries of a tile: QUERY_ROWS rows over all heads, a multiple of 8."""
-  return min(max(QUERY_ROWS // H, 32), 512, -(-T // 8) * 8) // 8 * 8
+  return max(min(QUERY_ROWS // H, 512, -(-T // 8) * 8) // 8, 1) * 8
 
 
 def cut_queries(x_GNK, T: int, block: int):

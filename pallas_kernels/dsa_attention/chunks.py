@@ -1,0 +1,199 @@
+"""Sparse attention of long rows: one pass over chunks of queries, forward and backward.
+
+Inside a chunk: scores of a group of queries against all keys in one reused buffer, the exact threshold, the selection
+as one word of bits per key and group, then softmax attention over the key tiles that hold a selected key. Nothing
+larger than a chunk's scores outlives it. The backward pass scores the same groups again with the same products, so it
+sees the very set that the forward pass chose, and adds key gradients into one float32 carry.
+
+T query time, S key time, G KV heads, N stacked queries (pallas_kernels/tiles.py), K head dim, I indexer heads, J
+indexer head dim, C chunks, M groups of a chunk, P key tiles (wide ones where index scores are meant).
+"""
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import tiles
+from pallas_kernels.dense_attention.xla import cut_queries, join_queries, query_tile
+from pallas_kernels.dsa_attention.row import Options, Row
+from pallas_kernels.index_select import search
+from pallas_kernels.index_select import xla as index
+from pallas_kernels.index_select.selection import Selection, keep_all
+from pallas_kernels.index_select.xla import products, score
+from pallas_kernels.indexer_warmup.xla import head_mean, kl_add, kl_end, kl_gradient_one, kl_start
+from pallas_kernels.mask import visible
+
+
+class Chunk(NamedTuple):
+  """What a chunk needs of its queries; with a leading C all chunks of a row."""
+  q_GNK: jax.Array
+  group: index.Queries        # leaves lead with M
+  selection: Selection        # leaves [M, T]; replayed, or keep_all
+  tile_P: jax.Array           # key tiles that the chunk meets, in front
+  count: jax.Array
+
+
+class Plan(NamedTuple):
+  """How a row is cut, and the arrays that all its chunks share."""
+  every: bool                 # no more keys than topk: all that are visible are selected
+  size: int                   # queries of a chunk
+  chunks: Chunk
+  keys: index.Keys            # wide tiles
+  k_PGSK: jax.Array
+  v_PGSK: jax.Array
+  ik_PSJ: jax.Array
+  segment_PS: jax.Array
+  order_PS: jax.Array
+
+
+def plan(options: Options, row: Row, selection: Selection | None) -> Plan:
+  T = len(row.q_order_T)
+  G, N, _ = row.q_GNK.shape
+  group = min(T, index.QUERIES)
+  size = max(query_tile(T, G * N // T) // group, 1) * group
+  keys = index.cut_keys(row.ik_SJ, row.k_segment_S, row.k_order_S)
+  padded = keys.order_PS.size
+  cut = lambda x, axis, value=0: tiles.cut(tiles.pad(x, axis, padded, value), axis, tiles.KEYS)
+  segment_PS, order_PS = cut(row.k_segment_S, 0, tiles.KEY_PAD), cut(row.k_order_S, 0)
+
+  fill = lambda x, axis, value=0: tiles.pad(x, axis, size, value)
+  groups = index.cut_queries(group, fill(row.iq_ITJ, 1), fill(row.gate_TI, 0),
+                             fill(row.q_segment_T, 0, tiles.QUERY_PAD), fill(row.q_order_T, 0), keys)
+  given = keep_all((T,)) if selection is None else selection
+  to_chunks = lambda x: x.reshape(-1, size // group, *x.shape[1:])
+  given = jax.tree.map(lambda x: to_chunks(fill(x, 0).reshape(-1, group)), given)
+  groups = jax.tree.map(to_chunks, groups)
+  flat = lambda x: x.reshape(len(x), -1)
+  meet_CP = tiles.meeting(flat(groups.segment_T), segment_PS, flat(groups.order_T), order_PS, causal=True)
+  chunks = Chunk(cut_queries(row.q_GNK, T, size), groups, given, *tiles.front(meet_CP))
+  every = selection is None and options.topk >= len(row.k_order_S)
+  return Plan(every, size, chunks, keys, cut(row.k_GSK, 1), cut(row.v_GSK, 1), cut(row.ik_SJ, 0), segment_PS, order_PS)
+
+
+def select(options: Options, row: Plan, buffer_PTS, chunk: Chunk, replay: bool):
+  """(buffer, selection of the chunk's groups [M, T], word of bits of every key and group [M, S])."""
+  P = len(row.keys.order_PS)
+
+  def one(buffer_PTS, inputs):
+    group, given = inputs
+
+    def fn(score_PTS, order_PS):
+      chosen = tuple(given) if replay else search.kth(score_PTS, order_PS, options.topk)
+      word_PS = search.words(score_PTS, order_PS, *chosen)
+      return chosen, jnp.pad(word_PS, ((0, P - len(word_PS)), (0, 0)))
+
+    buffer_PTS, (chosen, word_PS) = index.in_scores(buffer_PTS, group, row.keys, fn)
+    rank_P = jnp.argsort(group.tile_P)                  # where each key tile lies among those in front
+    word_PS = jnp.where((rank_P < group.count)[:, None], word_PS[rank_P], 0)
+    return buffer_PTS, (chosen, word_PS.reshape(-1))
+
+  buffer_PTS, (chosen, word_MS) = jax.lax.scan(one, buffer_PTS, (chunk.group, chunk.selection))
+  return buffer_PTS, Selection(*chosen), word_MS
+
+
+def selected_tiles(word_MS, size: int) -> tuple[jax.Array, jax.Array, Callable]:
+  """(key tiles that hold a selected key, in front; their number; mask of a tile, bool [T, S])."""
+  word_PMS = tiles.cut(word_MS, 1, tiles.KEYS)
+  group = size // word_MS.shape[0]
+  tile_P, count = tiles.front((word_PMS != 0).any((1, 2)))
+  bit_T = jnp.arange(group, dtype=jnp.int32)
+
+  def mask(p):
+    return ((word_PMS[p][:, None] >> bit_T[:, None]) & 1).astype(bool).reshape(size, tiles.KEYS)
+
+  return tile_P, count, mask
+
+
+def visible_tiles(row: Plan, chunk: Chunk) -> tuple[jax.Array, jax.Array, Callable]:
+  """The same when every visible key is selected."""
+  segment_T, order_T = chunk.group.segment_T.reshape(-1), chunk.group.order_T.reshape(-1)
+
+  def mask(p):
+    return visible(segment_T[:, None], row.segment_PS[p], order_T[:, None], row.order_PS[p], causal=True)
+
+  return chunk.tile_P, chunk.count, mask
+
+
+def in_chunk(options: Options, row: Plan, buffer_PTS, chunk: Chunk, replay: bool):
+  """(buffer, selection of the chunk's groups, tile_P, count, mask)."""
+  if row.every:
+    return buffer_PTS, chunk.selection, *visible_tiles(row, chunk)
+  buffer_PTS, selection, word_MS = select(options, row, buffer_PTS, chunk, replay)
+  return buffer_PTS, selection, *selected_tiles(word_MS, row.size)
+
+
+def index_queries(chunk: Chunk) -> tuple[jax.Array, jax.Array]:
+  """(iq_ITJ, gate_TI) of the whole chunk."""
+  iq_ITJ = jnp.moveaxis(chunk.group.iq_ITJ, 0, 1)
+  I, M, T, J = iq_ITJ.shape
+  return iq_ITJ.reshape(I, M * T, J), chunk.group.gate_TI.reshape(M * T, I)
+
+
+def start_buffer(row: Plan) -> jax.Array:
+  """Room for the scores of a group; nothing when none are needed."""
+  return jnp.zeros(()) if row.every else index.empty_buffer(row.chunks.group.order_T.shape[-1], row.keys)
+
+
+def forward(options: Options, arrays: Row, selection: Selection | None):
+  """(o_GNK float32, lse_GN, kl_T or None, log-sum-exp of the selected scores [T] or None, Selection) of a row."""
+  row, T, replay = plan(options, arrays, selection), len(arrays.q_order_T), selection is not None
+
+  def one(buffer_PTS, chunk):
+    buffer_PTS, chosen, tile_P, count, mask = in_chunk(options, row, buffer_PTS, chunk, replay)
+    o_GNK, lse_GN = tiles.attend(chunk.q_GNK, row.k_PGSK, row.v_PGSK, tile_P, count, mask, options.scale)
+    kl = kl_of(options, row, chunk, lse_GN, tile_P, count, mask) if options.want_kl else (None, None)
+    return buffer_PTS, (o_GNK, lse_GN, *kl, chosen)
+
+  _, (o_CGNK, lse_CGN, kl_CT, index_lse_CT, selection) = jax.lax.scan(one, start_buffer(row), row.chunks)
+  flat = lambda x: x.reshape(-1)[:T]
+  kl_T, index_lse_T, selection = jax.tree.map(flat, (kl_CT, index_lse_CT, selection))
+  return join_queries(o_CGNK, T, row.size), join_queries(lse_CGN, T, row.size), kl_T, index_lse_T, selection
+
+
+def kl_of(options: Options, row: Plan, chunk: Chunk, lse_GN, tile_P, count, mask):
+  """(kl_T, log-sum-exp of the selected scores [T]): a second pass over the chunk's tiles, once lse is known."""
+  iq_ITJ, gate_TI = index_queries(chunk)
+
+  def step(n, state):
+    p = tile_P[n]
+    mask_TS = mask(p)
+    p_TS = head_mean(tiles.probabilities(chunk.q_GNK, row.k_PGSK[p], lse_GN, mask_TS, options.scale), row.size)
+    return kl_add(state, score(products(iq_ITJ, row.ik_PSJ[p]), gate_TI), p_TS, mask_TS)
+
+  return kl_end(jax.lax.fori_loop(0, count, step, kl_start(row.size)))
+
+
+def backward(options: Options, arrays: Row, selection: Selection, index_lse_T, lse_GN, delta_GN, do_GNK, dkl_T):
+  """Gradients (dq_GNK, dk_GSK, dv_GSK, diq_ITJ, dik_SJ, dgate_TI) of a row, float32."""
+  row, T, S = plan(options, arrays, selection), len(arrays.q_order_T), len(arrays.k_order_S)
+  stacked = [cut_queries(x, T, row.size) for x in (lse_GN, delta_GN, do_GNK)]
+  per_query = jax.tree.map(lambda x: tiles.cut(tiles.pad(x, 0, row.size), 0, row.size), (index_lse_T, dkl_T))
+
+  def one(carry, inputs):
+    buffer_PTS, dk_PGSK, dv_PGSK, dik_PSJ = carry
+    chunk, (lse_GN, delta_GN, do_GNK), (index_lse_T, dkl_T) = inputs
+    buffer_PTS, _, tile_P, count, mask = in_chunk(options, row, buffer_PTS, chunk, replay=True)
+    iq_ITJ, gate_TI = index_queries(chunk)
+
+    def step(n, carry):
+      (dq_GNK, diq_ITJ, dgate_TI), (dk_PGSK, dv_PGSK, dik_PSJ) = carry
+      p = tile_P[n]
+      mask_TS = mask(p)
+      p_GNS, dq, dk, dv = tiles.gradients(chunk.q_GNK, row.k_PGSK[p], row.v_PGSK[p], lse_GN, delta_GN, do_GNK, mask_TS,
+                                          options.scale)
+      dq_GNK, dk_PGSK, dv_PGSK = dq_GNK + dq, dk_PGSK.at[p].add(dk), dv_PGSK.at[p].add(dv)
+      if options.want_kl:
+        diq, dik, dgate = kl_gradient_one(products(iq_ITJ, row.ik_PSJ[p]), head_mean(p_GNS, row.size), mask_TS, iq_ITJ,
+                                          row.ik_PSJ[p], gate_TI, index_lse_T, dkl_T)
+        diq_ITJ, dgate_TI, dik_PSJ = diq_ITJ + diq, dgate_TI + dgate, dik_PSJ.at[p].add(dik)
+      return (dq_GNK, diq_ITJ, dgate_TI), (dk_PGSK, dv_PGSK, dik_PSJ)
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), (chunk.q_GNK, iq_ITJ, gate_TI))
+    dqueries, dkeys = jax.lax.fori_loop(0, count, step, (zeros, (dk_PGSK, dv_PGSK, dik_PSJ)))
+    return (buffer_PTS, *dkeys), dqueries
+
+  init = start_buffer(row), *(jnp.zeros(x.shape) for x in (row.k_PGSK, row.v_PGSK, row.ik_PSJ))
+  (_, dk, dv, dik), (dq, diq, dgate) = jax.lax.scan(one, init, (row.chunks, stacked, per_query))
+  return (join_queries(dq, T, row.size), tiles.join(dk, 1)[:, :S], tiles.join(dv, 1)[:, :S],
+          tiles.join(diq, 1)[:, :T], tiles.join(dik, 0)[:S], tiles.join(dgate, 0)[:T])
