@@ -81,15 +81,11 @@ def _sequence_clip(rng, length) -> Script:
   once = [once[i] for i in rng.permutation(len(once))]
   absent = int(different[-1])
   asked = absent if repeats == 1 and rng.random() < 0.5 else int(different[0])
-  at = [events[i] for i in rng.permutation(count)[:2]]
+  how_many = (Question('count', 'How many digits appear?', str(count)) if rng.random() < 0.5 else
+              Question('count', f'How many times does {asked} appear?', str(shown.count(asked))))
   questions = [
-      Question('count', 'How many digits appear?', str(count)),
-      Question('count', f'How many times does {asked} appear?', str(shown.count(asked))),
-      _end(rng, events), *(_at(rng, e) for e in at),
-      *(Question('ground', f'When does {e.digit} appear?', span(e), e.interval,
-                 tuple(o.interval for o in events if o is not e)) for e in once[:2])]
-  if len(once) > 1:
-    questions.append(_order(*once[:2]))
+      how_many, _end(rng, events), _at(rng, events[rng.integers(count)]),
+      *(_when(e, events) for e in once[:3]), *(_order(*two) for two in (once[:2], once[1:3]) if len(two) == 2)]
   return _shuffled(rng, length, events, questions)
 
 
@@ -108,7 +104,8 @@ def _pair_clip(rng, length) -> Script:
   together = [(a, b), (of_pair.digit, other.digit)]
   questions = [Question('cooccur', 'Are {} and {} shown together?'.format(*rng.permutation(two)), answer)
                for two, answer in zip(together, ('yes', 'no'))]
-  questions += [_at(rng, other), _order(*((other, of_pair) if rng.random() < 0.5 else (of_pair, other)))]
+  questions += [_at(rng, other), _when(other, events),
+                _order(*((other, of_pair) if rng.random() < 0.5 else (of_pair, other)))]
   return _shuffled(rng, length, tuple(events), questions)
 
 
@@ -124,6 +121,11 @@ def _end(rng, events) -> Question:
 def _at(rng, event) -> Question:
   seconds = int(rng.integers(event.start, event.end)) * HALF
   return Question('digit', f'Which digit is shown at {seconds:.1f}?', str(event.digit))
+
+
+def _when(event, events) -> Question:
+  return Question('ground', f'When does {event.digit} appear?', span(event), event.interval,
+                  tuple(o.interval for o in events if o is not event))
 
 
 def _order(a: Event, b: Event) -> Question:
