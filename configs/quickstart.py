@@ -54,11 +54,13 @@ def stage(name: str, runs: str = RUNS) -> RunConfig:
   base = RunConfig(model=MODEL, optimizer=OPTIMIZER, data=dataclasses.replace(DATA, path=f'{runs}/data/clips.jsonl'),
                    train=TrainConfig(steps=1000, batch=8, log_every=20, save_every=500, keep=1))
 
-  def run(after: str = '', attention: str = 'dense', data: dict = {}, optimizer: dict = {}, **train) -> RunConfig:
+  def run(after='', attention='dense', data=(), optimizer=(), **train) -> RunConfig:
     init = f'{runs}/{after}' if after else ''
     return dataclasses.replace(
-        base, model=dataclasses.replace(MODEL, attention=attention), data=dataclasses.replace(base.data, **data),
-        optimizer=dataclasses.replace(OPTIMIZER, **optimizer), train=dataclasses.replace(base.train, init=init, **train))
+        base, model=dataclasses.replace(MODEL, attention=attention),
+        data=dataclasses.replace(base.data, **dict(data)),
+        optimizer=dataclasses.replace(OPTIMIZER, **dict(optimizer)),
+        train=dataclasses.replace(base.train, init=init, **train))
 
   match name:
     case 'images':

@@ -7,10 +7,11 @@ names of mesh axes, apart from the collectives inside `nn/experts.py`.
 Without a mesh every helper here is the identity, and the same model runs as a plain single-device program.
 """
 import math
-from typing import Callable
+from collections.abc import Callable
 
 import jax
-from jax.sharding import AxisType, PartitionSpec as P
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from keye_jax.config import MeshConfig
 

@@ -6,7 +6,8 @@ each step then decodes one token for every branch of every row, and the trunk's 
 B rows, Q branches of a row, T prompt tokens, N new tokens, V vocabulary, D embed.
 """
 import functools
-from typing import Iterator, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,9 @@ class Sampling(NamedTuple):
   temperature: float = 0.0
   top_p: float = 1.0
   top_k: int = 0
+
+
+GREEDY = Sampling()
 
 
 class Frontier(NamedTuple):
@@ -124,7 +128,7 @@ def decode(config: ModelConfig, params, cache: decoder.Cache, front: Frontier, n
 
 
 def generate(config: ModelConfig, params, batch: Batch, last_BQ, new_tokens: int, stop: tuple[int, ...],
-             sampling: Sampling = Sampling(), seed: int = 0) -> Samples:
+             sampling: Sampling = GREEDY, seed: int = 0) -> Samples:
   """Answers every branch of every row. The compiled programs depend on the shapes only: bucket prompts."""
   first, rest = jax.random.split(jax.random.key(seed))
   B, Q = np.shape(last_BQ)
@@ -135,7 +139,7 @@ def generate(config: ModelConfig, params, batch: Batch, last_BQ, new_tokens: int
 
 
 def stream(config: ModelConfig, params, batch: Batch, last_BQ, new_tokens: int, stop: tuple[int, ...],
-           sampling: Sampling = Sampling(), seed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+           sampling: Sampling = GREEDY, seed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Like `generate`, yielding (token_BQ, alive_BQ) as each step ends; a stop token is the last that is alive."""
   first, rest = jax.random.split(jax.random.key(seed))
   B, Q = np.shape(last_BQ)

@@ -156,8 +156,8 @@ def test_meshes_agree(params, mode, shape):
     sharding.use_mesh(MeshConfig(*shape))
     shapes = keye.param_shapes(config)
     placed = jax.tree.map(lambda a, s: jax.device_put(a, s.sharding.spec), params, shapes)
-    rows = jax.tree.map(lambda a: jax.device_put(a, sharding.spec('train', 'batch', 'seq' if a.shape[1] == 32 else None)),
-                        batch)
+    where = lambda a: sharding.spec('train', 'batch', 'seq' if a.shape[1] == 32 else None)
+    rows = jax.tree.map(lambda a: jax.device_put(a, where(a)), batch)
     got = jax.jit(jax.value_and_grad(lambda p, b: loss(config, p, b)))(placed, rows)
     got = jax.tree.map(np.asarray, got)
   finally:
