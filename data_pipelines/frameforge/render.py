@@ -70,7 +70,8 @@ def _show(rng, split, frames_FHW3, event, side):
   middle, drift = (side - size) // 2, side // 28
   away = middle if event.place == ALONE else 0                   # how far it may lie from its place sideways
   left = middle if event.place == ALONE else 0 if event.place == LEFT else side // 2
-  y0, x0 = middle + rng.integers(-side // 14, side // 14 + 1), left + rng.integers(-min(away, side // 14), min(away, side // 14) + 1)
+  near, aside = side // 14, min(away, side // 14)
+  y0, x0 = middle + rng.integers(-near, near + 1), left + rng.integers(-aside, aside + 1)
   y1, x1 = np.clip([y0, x0] + rng.integers(-drift, drift + 1, 2), [0, left - away], [side - size, left + away])
   for i, share in enumerate(np.linspace(0, 1, len(frames_FHW3))):
     y, x = round(y0 + share * (y1 - y0)), round(x0 + share * (x1 - x0))
