@@ -155,7 +155,8 @@ def evaluate_all(out: pathlib.Path, model: api.Model, params: dict[str, Any]) ->
     UNTRAINED: (model.config, fresh, data),
     BLIND: (blind_model.config, blind, dataclasses.replace(data, grey=True)),
   }
-  found = {arm: evaluate.answer(*job) for arm, job in jobs.items()}
+  # From the host, weights of every origin are alike to jit, and arms of one config share their programs.
+  found = {arm: evaluate.answer(config, jax.device_get(weights), rows) for arm, (config, weights, rows) in jobs.items()}
   arms = {arm: scores.score(*answered[:2]) for arm, answered in found.items()}
   train_questions = questions.texts(str(out / 'data' / 'train.jsonl'))
   arms |= evaluate.trivial(found[MAIN].questions, train_questions)
@@ -218,7 +219,7 @@ def export(out: pathlib.Path, model: api.Model, params: dict[str, Any]) -> None:
   logits = []
   for m, p in ((model, params), (again, params_again)):
     token_BT = api.encode(m, messages, videos=[clip])[None]
-    logits.append(np.asarray(api.logits(m, p, token_BT, videos=[clip])))
+    logits.append(np.asarray(api.logits(m, jax.device_get(p), token_BT, videos=[clip])))
   differ = float(np.abs(logits[0] - logits[1]).max())
   names = ', '.join(sorted(p.name for p in (out / 'export').iterdir()))
   print(f'   {names}\n   largest difference of {logits[0].size} logits: {differ:g}')
