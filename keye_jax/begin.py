@@ -12,7 +12,7 @@ from keye_jax.config import ModelConfig, RunConfig
 from keye_jax.nn import keye
 from keye_jax.objectives.sft import sft
 from keye_jax.steps import state as state_lib
-from keye_jax.steps.optimizer import make_optimizer, schedule
+from keye_jax.steps.optimizer import make_optimizer, rates
 from keye_jax.steps.state import State
 from keye_jax.steps.update import make_update
 
@@ -25,13 +25,13 @@ class Programs(NamedTuple):
   """Pure functions of one run config."""
   fresh: Callable[[jax.Array], State]              # key -> state with random parameters
   around: Callable[[Any, jax.Array], State]        # (parameters, key) -> state; the parameters are donated
-  update: Callable[[State, Any], tuple[State, Any]]
-  learning_rate: Callable[[int], jax.Array]        # of the model's group, by step
+  update: Callable[[State, Any, dict[str, float]], tuple[State, Any]]
+  rates: Callable[[int], dict[str, float]]         # step -> learning rate of each optimizer group
 
 
 def programs(config: RunConfig) -> Programs:
   model, train = config.model, config.train
-  tx = make_optimizer(config.optimizer, train.steps)
+  tx = make_optimizer(config.optimizer)
   objective = sft(model.layout, train.balance_weight, train.indexer_weight)
   update = make_update(functools.partial(keye.apply, model), objective, tx, train.accumulate)
 
@@ -42,8 +42,7 @@ def programs(config: RunConfig) -> Programs:
     init_key, key = jax.random.split(key)
     return around(keye.init(model, init_key), key)
 
-  return Programs(jax.jit(fresh), jax.jit(around, donate_argnums=0), update,
-                  schedule(config.optimizer, train.steps, config.optimizer.learning_rate))
+  return Programs(jax.jit(fresh), jax.jit(around, donate_argnums=0), update, rates(config.optimizer, train.steps))
 
 
 def first_state(config: RunConfig, made: Programs, say: Callable[[str], None]) -> State:

@@ -57,14 +57,14 @@ def train(config: RunConfig, out: str | os.PathLike, wandb: str = '') -> Result:
         batch = next(batches)
         placed = feed.place(layout, batch, *part)
       with meter.timed('compute'):
-        state, metrics = made.update(state, placed)
+        state, metrics = made.update(state, placed, made.rates(step))
         step += 1
         meter.add(step, metrics, int((batch.segment_BT != 0).sum()) * part[1], batches.sources)
         meter.settle(leave=1)           # one step stays under way while the host fetches the next batch
       progress.step()
       ended, stopped = step == t.steps, signals.stop(step)
       if ended or step % t.log_every == 0:         # not when stopped: the window goes on after a restart
-        record = meter.record() | {'learning_rate': float(made.learning_rate(step - 1)),
+        record = meter.record() | {'learning_rate': made.rates(step - 1)['model'],
                                    'rows_skipped': rows_skipped(batches.stats()), 'compilations': compilations.count}
         writer.write(step, record)
         progress.record(step, t.steps, record)

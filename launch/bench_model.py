@@ -16,7 +16,7 @@ from keye_jax.nn import head, keye
 from keye_jax.objectives.sft import sft
 from keye_jax.rollout import sampler
 from keye_jax.steps import state
-from keye_jax.steps.optimizer import make_optimizer
+from keye_jax.steps.optimizer import make_optimizer, rates
 from keye_jax.steps.update import make_update
 
 MODEL = ModelConfig(TextConfig(layers=8, embed=512, heads=8, kv_heads=2, head_dim=64, vocab=8192, ffn=256, experts=32,
@@ -78,13 +78,13 @@ def prefill(config: ModelConfig, params, tokens: int) -> Callable[[], float]:
 
 def train(config: ModelConfig, params, tokens: int) -> Callable[[], float]:
   """One whole training step: forward, backward, clipping, AdamW."""
-  tx = make_optimizer(OptimizerConfig(), 1000)
+  tx, rate = make_optimizer(OptimizerConfig()), rates(OptimizerConfig(), 1000)(0)
   update = make_update(functools.partial(keye.apply, config), sft(config.layout, 0.001, 1.0), tx)
   batch = text_batch(config, tokens)
   current = [state.create(jax.tree.map(jnp.copy, params), tx, (), config.dtype, jax.random.key(0))]
 
   def once():
-    seconds, (current[0], _) = timed(update, current[0], batch)
+    seconds, (current[0], _) = timed(update, current[0], batch, rate)
     return seconds
   return once
 

@@ -19,7 +19,7 @@ from tests.steps import toy
 
 
 def make_state(step=0, freeze=('vision',)):
-  tx = make_optimizer(OptimizerConfig(), 10)
+  tx = make_optimizer(OptimizerConfig())
   state = state_lib.create(toy.init(step), tx, freeze, 'bfloat16', jax.random.key(step))
   return state._replace(step=jnp.int32(step))
 

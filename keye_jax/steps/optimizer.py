@@ -1,12 +1,12 @@
-"""The optimizer: two groups of parameters, each with its own learning rate and clip norm, and a schedule.
+"""The optimizer: two groups of parameters, each with its own learning rate and clip norm.
 
 Which rule a weight gets follows from its path: `indexer` anywhere in it puts it in the indexer's group, and the last
 name tells a matrix from a norm, a bias or a table.
 """
+import math
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
@@ -24,44 +24,53 @@ MUON_AXES = {'q': _HEADS_OUT, 'k': _HEADS_OUT, 'v': _HEADS_OUT, 'o': _HEADS_IN,
              'gate_up': _ROWS, 'down': _ROWS, 'fc1': _ROWS, 'fc2': _ROWS}
 
 
-def schedule(cfg: OptimizerConfig, steps: int, peak: float) -> optax.Schedule:
-  """Learning rate of update 0, 1, ...: a line up to `peak`, then cosine, line or nothing down to a fraction of it.
+def rates(cfg: OptimizerConfig, steps: int) -> Callable[[int], dict[str, float]]:
+  """Step 0, 1, ... -> learning rate of each group: a line up to the peak, then cosine, line or nothing down from it.
 
-  Update i of a warm-up of W runs at peak * (i + 1) / W, the last update (steps - 1) at peak * final_fraction.
-  Raises InputError when the warm-up is not shorter than the run.
+  Step i of a warm-up of W runs at peak * (i + 1) / W, the last step (steps - 1) at peak * final_fraction. Rates are
+  arguments of the training step, so runs that differ in length or rates share its program. Raises InputError when the
+  warm-up is not shorter than the run.
   """
   W, f = cfg.warmup_steps, cfg.final_fraction
   if W >= steps:
     raise InputError(f'optimizer.warmup_steps = {W} must be below train.steps = {steps}')
-  shape = {'cosine': lambda t: f + (1 - f) * 0.5 * (1 + jnp.cos(jnp.pi * t)),
+  shape = {'cosine': lambda t: f + (1 - f) * 0.5 * (1 + math.cos(math.pi * t)),
            'linear': lambda t: 1 - (1 - f) * t,
-           'constant': jnp.ones_like}[cfg.schedule]
+           'constant': lambda t: 1.0}[cfg.schedule]
 
-  def rate(count):
-    t = jnp.clip((count - W) / max(steps - 1 - W, 1), 0, 1)
-    return peak * jnp.where(count < W, (count + 1) / max(W, 1), shape(t))
+  def at(step: int) -> dict[str, float]:
+    t = min(max(step - W, 0) / max(steps - 1 - W, 1), 1.0)
+    scale = (step + 1) / W if step < W else shape(t)
+    return {'model': cfg.learning_rate * scale, 'indexer': cfg.indexer_learning_rate * scale}
 
-  return rate
+  return at
 
 
-def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
   """AdamW or Muon for the model, AdamW for the indexer; global-norm clipping inside each group.
 
-  The groups share nothing: a large indexer gradient cannot shrink the model's step, nor the other way round.
+  The groups share nothing: a large indexer gradient cannot shrink the model's step, nor the other way round. The
+  update takes `rates={'model': ..., 'indexer': ...}`.
   """
-  def adamw(rate):
-    return optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay, mask=decayed)
-
-  rate = schedule(cfg, steps, cfg.learning_rate)
-  model = adamw(rate)
+  adamw = optax.adamw(1.0, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay, mask=decayed)
+  model = adamw
   if cfg.name == 'muon':
-    muon = optax.contrib.muon(rate, beta=MUON_BETA, eps=cfg.eps, weight_decay=cfg.weight_decay,
+    muon = optax.contrib.muon(1.0, beta=MUON_BETA, eps=cfg.eps, weight_decay=cfg.weight_decay,
                               consistent_rms=MUON_RMS, muon_weight_dimension_numbers=muon_axes)
-    model = optax.partition({'matrix': outside_explicit_sharding(muon), 'rest': model},
+    model = optax.partition({'matrix': outside_explicit_sharding(muon), 'rest': adamw},
                             _by_path(lambda path: 'matrix' if path[-1] in MUON_AXES else 'rest'))
-  indexer = adamw(schedule(cfg, steps, cfg.indexer_learning_rate))
-  return optax.partition({'model': optax.chain(optax.clip_by_global_norm(cfg.clip_norm), model),
-                          'indexer': optax.chain(optax.clip_by_global_norm(cfg.indexer_clip_norm), indexer)}, groups)
+
+  def group(name, clip_norm, tx):
+    return optax.chain(optax.clip_by_global_norm(clip_norm), tx, scale_by_rate(name))
+  return optax.partition({'model': group('model', cfg.clip_norm, model),
+                          'indexer': group('indexer', cfg.indexer_clip_norm, adamw)}, groups)
+
+
+def scale_by_rate(group: str) -> optax.GradientTransformationExtraArgs:
+  """Multiplies by `rates[group]`, given at each update."""
+  def update(updates, state, params=None, *, rates, **_):
+    return jax.tree.map(lambda u: u * rates[group], updates), state
+  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def groups(params):

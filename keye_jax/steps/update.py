@@ -17,9 +17,10 @@ from keye_jax.steps.state import State, merge
 
 
 def make_update(apply: Callable[[Any, Any], Any], objective: Objective, tx: optax.GradientTransformation,
-                accumulate: int = 1) -> Callable[[State, Any], tuple[State, Metrics]]:
-  """Returns a jitted pure function (state, batch) -> (state, metrics).
+                accumulate: int = 1) -> Callable[[State, Any, dict[str, float]], tuple[State, Metrics]]:
+  """Returns a jitted pure function (state, batch, rates) -> (state, metrics).
 
+  rates: learning rate of each optimizer group, see `optimizer.rates`; another value needs no other program.
   Everything of the state but its frozen parameters is donated. A step whose loss or gradient is not finite changes
   neither parameters nor optimizer state; its metrics are zero with zero weight, and `skipped` counts it.
 
@@ -46,13 +47,15 @@ def make_update(apply: Callable[[Any, Any], Any], objective: Objective, tx: opta
     grads, (values, stacked) = jax.lax.scan(one, zeros, micro_batches(batch, accumulate))
     return jnp.sum(values), jax.tree.map(lambda m: jnp.sum(m, 0), stacked), grads
 
+  tx = optax.with_extra_args_support(tx)
+
   @functools.partial(jax.jit, donate_argnums=0)
-  def step(live, frozen, batch):
+  def step(live, frozen, batch, rates):
     count, train, opt, rng = live
     value, metrics, grads = gradient(train, frozen, batch)
     norms = group_norms(grads)
     ok = functools.reduce(jnp.logical_and, [jnp.isfinite(n) for n in norms.values()], jnp.isfinite(value))
-    changes, new_opt = tx.update(grads, opt, train)
+    changes, new_opt = tx.update(grads, opt, train, rates=rates)
     new_train = optax.apply_updates(train, changes)
     keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(ok, new, old))
     one = jnp.float32(1)
@@ -61,8 +64,9 @@ def make_update(apply: Callable[[Any, Any], Any], objective: Objective, tx: opta
     metrics['skipped'] = (1 - ok.astype(jnp.float32), one)
     return (count + 1, keep(new_train, train), keep(new_opt, opt), rng), metrics
 
-  def update(state: State, batch) -> tuple[State, Metrics]:
-    (count, train, opt, rng), metrics = step((state.step, state.train, state.opt, state.rng), state.frozen, batch)
+  def update(state: State, batch: Any, rates: dict[str, float]) -> tuple[State, Metrics]:
+    live = (state.step, state.train, state.opt, state.rng)
+    (count, train, opt, rng), metrics = step(live, state.frozen, batch, rates)
     return State(count, train, state.frozen, opt, rng), metrics
 
   return update

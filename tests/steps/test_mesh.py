@@ -36,7 +36,7 @@ def one_step(config, params, batch, accumulate):
   tx = optax.sgd(1.0)
   update = make_update(functools.partial(keye.apply, config), sft('train', 0.0, 1.0), tx, accumulate)
   state = state_lib.create(params, tx, ('vision',), 'float32', jax.random.key(0))
-  state, metrics = update(state, batch)
+  state, metrics = update(state, batch, {'model': 1.0, 'indexer': 1.0})
   return jax.tree.map(np.asarray, (state.train, state.frozen, metrics))
 
 
@@ -76,8 +76,9 @@ def test_muon_on_a_mesh_keeps_values_and_shardings():
       return jax.device_put(np.asarray(x), P() if 'indexer' in names else specs.get(names[-1], P()))
     return jax.tree_util.tree_map_with_path(one, tree)
 
-  tx = optimizer.make_optimizer(OptimizerConfig(name='muon', schedule='constant'), 10)
-  step = jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params))
+  tx = optimizer.make_optimizer(OptimizerConfig(name='muon'))
+  rates = {'model': 0.1, 'indexer': 0.1}
+  step = jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params, rates=rates))
   params, grads = toy.init(0), toy.init(1)
   expected = jax.tree.map(np.asarray, step(grads, params)[0])
   with mesh(2, 2, 2):

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from data_pipelines.errors import InputError
 from keye_jax.config import OptimizerConfig
 from keye_jax.steps import optimizer
 from tests.steps import toy
@@ -18,27 +19,29 @@ PLAIN = OptimizerConfig(learning_rate=0.1, weight_decay=0.0, schedule='constant'
 
 
 @functools.cache
-def compiled(cfg, steps):
-  tx = optimizer.make_optimizer(cfg, steps)
-  return jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params)[0])
+def compiled(cfg):
+  tx = optimizer.make_optimizer(cfg)
+  return jax.jit(lambda grads, params, rates: tx.update(grads, tx.init(params), params, rates=rates)[0])
 
 
-def one_update(cfg, params, grads, steps=10):
-  return compiled(cfg, steps)(grads, params)
+def one_update(cfg, params, grads):
+  return compiled(cfg)(grads, params, optimizer.rates(cfg, 10)(5))
 
 
 @pytest.mark.parametrize('shape, middle', [('cosine', 0.1 + 0.9 * 0.5), ('linear', 0.55), ('constant', 1.0)])
 def test_schedule_warms_up_and_ends_at_the_final_fraction(shape, middle):
-  cfg = OptimizerConfig(schedule=shape, warmup_steps=4, final_fraction=0.1)
-  rate = optimizer.schedule(cfg, steps=15, peak=2.0)
+  cfg = OptimizerConfig(schedule=shape, warmup_steps=4, final_fraction=0.1, learning_rate=2.0,
+                        indexer_learning_rate=1.0)
+  at = optimizer.rates(cfg, steps=15)
   end = 2.0 if shape == 'constant' else 0.2
-  assert [float(rate(i)) for i in (0, 1, 3, 4)] == pytest.approx([0.5, 1.0, 2.0, 2.0])
-  assert [float(rate(i)) for i in (9, 14, 20)] == pytest.approx([2.0 * middle, end, end])
+  assert [at(i)['model'] for i in (0, 1, 3, 4)] == pytest.approx([0.5, 1.0, 2.0, 2.0])
+  assert [at(i)['model'] for i in (9, 14, 20)] == pytest.approx([2.0 * middle, end, end])
+  assert all(at(i)['indexer'] == at(i)['model'] / 2 for i in range(20))
 
 
-def test_schedule_refuses_a_warmup_as_long_as_the_run():
-  with pytest.raises(ValueError, match='warmup_steps = 9 must be below train.steps = 9'):
-    optimizer.schedule(OptimizerConfig(warmup_steps=9), 9, 1.0)
+def test_rates_refuse_a_warmup_as_long_as_the_run():
+  with pytest.raises(InputError, match='warmup_steps = 9 must be below train.steps = 9'):
+    optimizer.rates(OptimizerConfig(warmup_steps=9), 9)
 
 
 def test_adamw_is_the_textbook_step():

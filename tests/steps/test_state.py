@@ -37,7 +37,7 @@ def test_a_prefix_that_matches_nothing_is_named():
 
 
 def test_frozen_is_stored_in_the_compute_dtype_and_has_no_optimizer_state():
-  tx = make_optimizer(OptimizerConfig(), 10)
+  tx = make_optimizer(OptimizerConfig())
   state = state_lib.create(toy.init(), tx, ('layers', 'vision'), 'bfloat16', jax.random.key(0))
   assert {x.dtype for x in jax.tree.leaves(state.frozen)} == {jnp.dtype('bfloat16')}
   assert {x.dtype for x in jax.tree.leaves(state.train)} == {jnp.dtype('float32')}

@@ -14,12 +14,13 @@ from keye_jax.steps.update import make_update
 from tests.steps import toy
 from tests.tolerances import assert_close
 
-OPT = OptimizerConfig(learning_rate=0.01, indexer_learning_rate=0.02, clip_norm=0.5, indexer_clip_norm=0.5)
+OPT = OptimizerConfig(clip_norm=0.5, indexer_clip_norm=0.5)
+RATES = {'model': 0.01, 'indexer': 0.02}
 
 
 @functools.cache
 def compiled(cfg, accumulate, apply, **weights):
-  tx = make_optimizer(cfg, 20) if cfg else optax.sgd(1.0)
+  tx = make_optimizer(cfg) if cfg else optax.sgd(1.0)
   return make_update(apply, toy.objective(**weights), tx, accumulate), tx
 
 
@@ -28,7 +29,7 @@ def run(batches, freeze=(), accumulate=1, cfg=OPT, apply=toy.apply, **weights):
   state = state_lib.create(toy.init(), tx, freeze, 'float32', jax.random.key(0))
   history = []
   for batch in batches:
-    state, metrics = update(state, batch)
+    state, metrics = update(state, batch, RATES)
     history.append({k: (float(s), float(w)) for k, (s, w) in metrics.items()})
   return state, history
 
@@ -84,7 +85,7 @@ def test_the_indexer_learns_from_its_kl_alone():
   start = toy.init()['layers']['attn']['indexer']
   moved, _ = run([toy.batch()])
   still, _ = run([toy.batch()], indexer_weight=0.0)
-  decay = 1 - OPT.indexer_learning_rate * OPT.weight_decay
+  decay = 1 - RATES['indexer'] * OPT.weight_decay
   assert_close(still.train['layers']['attn']['indexer']['q'], start['q'] * decay)
   np.testing.assert_array_equal(still.train['layers']['attn']['indexer']['gate'], start['gate'])
   assert not np.array_equal(moved.train['layers']['attn']['indexer']['gate'], start['gate'])
@@ -116,7 +117,7 @@ def test_an_infinite_gradient_under_a_finite_loss_is_skipped_too():
 def test_state_is_donated_and_frozen_is_not():
   update, tx = compiled(OPT, 1, toy.apply)
   state = state_lib.create(toy.init(), tx, ('vision', 'embed'), 'float32', jax.random.key(0))
-  update(state, toy.batch())
+  update(state, toy.batch(), RATES)
   assert all(x.is_deleted() for x in jax.tree.leaves((state.train, state.opt)) if x.size > 1)
   assert not any(x.is_deleted() for x in jax.tree.leaves(state.frozen))
 
