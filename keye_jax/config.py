@@ -154,6 +154,30 @@ class RunConfig:
   train: TrainConfig = TrainConfig()
 
 
+def check(config: RunConfig) -> RunConfig:
+  """`config` itself. Raises InputError naming the keys that contradict each other; types are `freeze`'s business."""
+  text, vision, train = config.model.text, config.model.vision, config.train
+  faults = [
+      (config.model.attention != 'dense' and not text.indexer.heads,
+       f'model.attention = {config.model.attention!r} needs an indexer; set model.text.indexer.heads'),
+      (text.kv_heads < 1 or text.heads % text.kv_heads,
+       f'model.text.heads = {text.heads} is no multiple of kv_heads = {text.kv_heads}'),
+      (text.experts and not 1 <= text.experts_per_token <= text.experts,
+       f'model.text.experts_per_token = {text.experts_per_token} must be 1 to experts = {text.experts}'),
+      (text.mrope_section and 2 * sum(text.mrope_section) != text.head_dim,
+       f'model.text.mrope_section = {text.mrope_section} must sum to half of head_dim = {text.head_dim}'),
+      (vision.layers and (vision.heads < 1 or vision.embed % vision.heads),
+       f'model.vision.embed = {vision.embed} is no multiple of heads = {vision.heads}'),
+      (train.accumulate > 0 and train.batch % train.accumulate,
+       f'train.batch = {train.batch} rows cannot be cut into train.accumulate = {train.accumulate} micro-batches'),
+      *((getattr(train, key) < 1, f'train.{key} = {getattr(train, key)} must be at least 1')
+        for key in ('steps', 'batch', 'accumulate', 'log_every', 'save_every', 'keep', 'max_bad_steps'))]
+  for wrong, message in reversed(faults):       # a number below 1 first: the others are about larger ones
+    if wrong:
+      raise InputError(message)
+  return config
+
+
 def to_dict(config) -> config_dict.ConfigDict:
   """Dataclass -> ConfigDict, nested; the inverse of `freeze`."""
   return config_dict.ConfigDict(dataclasses.asdict(config))

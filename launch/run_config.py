@@ -9,7 +9,7 @@ from ml_collections import config_dict, config_flags
 
 import configs
 from data_pipelines.errors import InputError
-from keye_jax.config import RunConfig, freeze
+from keye_jax.config import RunConfig, check, freeze
 
 HELP = 'FILE or FILE:VARIANT, e.g. configs/sft.py:tiny; override keys with --config.optimizer.learning_rate=1e-4'
 
@@ -33,7 +33,7 @@ def load(config: str, overrides: Sequence[str] = ()) -> RunConfig:
   if rest:
     raise InputError(f'{rest[0]!r} is neither an override nor the value of one; write --config.a.b=value')
   try:
-    return freeze(RunConfig, parsed.value)
+    return check(freeze(RunConfig, parsed.value))
   except ValueError as e:
     raise InputError(f'{config}: {e}') from None
 

@@ -101,6 +101,23 @@ def test_a_wrong_override_gives_one_line(override, message):
   assert message in str(caught.value) and '\n' not in str(caught.value)
 
 
+@pytest.mark.parametrize('overrides, message', [
+    (['model.text.indexer.heads=0'], "model.attention = 'sparse' needs an indexer"),
+    (['model.text.kv_heads=3'], 'model.text.heads = 4 is no multiple of kv_heads = 3'),
+    (['model.text.kv_heads=0'], 'is no multiple of kv_heads = 0'),
+    (['model.text.experts_per_token=5'], 'experts_per_token = 5 must be 1 to experts = 4'),
+    (['model.text.mrope_section=(2, 3, 4)'], '(2, 3, 4) must sum to half of head_dim = 16'),
+    (['model.vision.heads=3'], 'model.vision.embed = 32 is no multiple of heads = 3'),
+    (['train.accumulate=3'], 'train.batch = 8 rows cannot be cut into train.accumulate = 3 micro-batches'),
+    (['train.accumulate=0'], 'train.accumulate = 0 must be at least 1'),
+    (['train.save_every=0'], 'train.save_every = 0 must be at least 1'),
+])
+def test_keys_that_contradict_each_other_are_named(overrides, message):
+  with pytest.raises(InputError) as caught:
+    load('configs/sft.py:tiny', [f'--config.{o}' for o in overrides])
+  assert message in str(caught.value)
+
+
 def test_a_wrong_file_gives_one_line(tmp_path):
   def fails(text, config):
     (tmp_path / 'c.py').write_text(text)
