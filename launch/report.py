@@ -89,9 +89,13 @@ def render(report: Report) -> str:
 
 
 def _checks(checks):
-  rows = ''.join(f'<tr><td>{html.escape(c.name)}</td><td>{c.value:.3f}</td><td>{c.least:.3f}</td>'
+  rows = ''.join(f'<tr><td>{html.escape(c.name)}</td><td>{_short(c.value)}</td><td>{_short(c.least)}</td>'
                  f'<td class="{"ok" if c.ok else "bad"}">{"met" if c.ok else "not met"}</td></tr>' for c in checks)
   return f'<table><thead><tr><th>requirement</th><th>measured</th><th>at least</th><th></th></tr></thead>{rows}</table>'
+
+
+def _short(value):
+  return f'{value:g}' if value == int(value) and value > 1 else f'{value:.3f}'
 
 
 def _scores(arms):

@@ -42,7 +42,7 @@ def line_chart(lines: Sequence[Line], title: str, x_label: str, marks: Sequence[
   kept = [(n, line, points) for n, line, points in kept if points]
   if not kept:
     return f'<figure><figcaption>{html.escape(title)}</figcaption><p>nothing was logged</p></figure>'
-  xs = [x for _, _, points in kept for x, _ in points]
+  xs = [x for _, _, points in kept for x, _ in points] + [x for x, _ in marks]
   ys = [y for _, _, points in kept for _, y in points]
   x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1), min(0.0, *ys), max(*ys, 1e-9) if len(ys) > 1 else ys[0] or 1.0
   left, right, top, bottom = 44, 12 if len(kept) == 1 else 92, 12, 34
@@ -111,7 +111,8 @@ def film(frames_FHW3: np.ndarray, seconds_F: Sequence[float], duration: float, l
                    '</rect>')
       y += 17
   for t in ticks(0, duration, 8):
-    out.append(f'<text x="{px(t):.1f}" y="{y + 13:.1f}" text-anchor="{"start" if t == 0 else "middle"}">{t:g}</text>')
+    anchor = 'start' if t == 0 else 'end' if px(t) > width - 8 else 'middle'
+    out.append(f'<text x="{px(t):.1f}" y="{y + 13:.1f}" text-anchor="{anchor}">{t:g}</text>')
   out.append(f'<text x="0" y="{y + 13:.1f}">seconds</text>')
   return f'<svg viewBox="0 0 {width} {y + 18:.0f}" role="img">{"".join(out)}</svg>'
 

@@ -83,6 +83,9 @@ def test_line_chart_scales_and_leaves_out_what_is_not_finite():
   svg = report_plots.line_chart([report_plots.Line('a', [0, 1, 2], [2.0, float('nan'), 0.0])], 't', 'step')
   (line,) = parse(svg).iter('polyline')
   assert line.get('points').split() == ['44.0,12.0', '448.0,206.0']
+  marked = report_plots.line_chart([report_plots.Line('a', [1, 2], [2.0, 0.0])], 't', 'step', [(0, 'begin')])
+  (line,) = parse(marked).iter('polyline')
+  assert line.get('points').split()[0] == '246.0,12.0'       # the mark at 0 is inside the axes
   assert 'nothing was logged' in report_plots.line_chart([report_plots.Line('a', [], [])], 't', 'step')
 
 
