@@ -1,7 +1,7 @@
 """JAX/Flax system for long-video mixture-of-experts vision-language models."""
 import importlib
 
-_PUBLIC = ('load_pretrained', 'logits', 'generate')
+_PUBLIC = ('load_pretrained', 'logits', 'generate', 'stream_generate', 'encode')
 
 
 def __getattr__(name):
