@@ -102,13 +102,14 @@ def compare(first: Answered, second: Answered) -> uncertainty.Difference:
 
 def protocol(config: ModelConfig, data: DataConfig, found: Answered) -> dict[str, str]:
   """What a score depends on besides the weights."""
+  least, most = data.frame_tokens_min, data.frame_tokens_max
   patch = config.vision.patch * config.vision.merge
   sparse = f', {config.text.indexer.topk} keys a query' if config.attention == 'sparse' else ''
   seconds = [q.seconds for q in found.questions if q.seconds]
   return {
     'questions': f'{len(found.questions)} of {len({q.clip for q in found.questions})} clips, {data.path}',
     'frames': f'{data.fps:g} a second' + (f', clips of {min(seconds):g} to {max(seconds):g} s' if seconds else ''),
-    'pixels': f'{data.frame_tokens_min} to {data.frame_tokens_max} tokens of {patch} x {patch} pixels a frame, '
+    'pixels': f'{least}{"" if least == most else f" to {most}"} tokens of {patch} x {patch} pixels a frame, '
               f'at most {data.video_tokens} a clip',
     'attention': config.attention + sparse,
     'decoding': f'greedy, {found.seconds:.1f} s in all',

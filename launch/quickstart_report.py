@@ -45,9 +45,10 @@ def curves(out: pathlib.Path):
   as_line = lambda label, points: Line(label, [x for x, _ in points], [y for _, y in points])
   chart = lambda title, key: (title, 'step', [as_line('trained', line(main, key)), as_line(
     'blind', [(x + marks[1][0], y) for x, y in line(['blind'], key)])], marks)
+  kl = line(main, 'indexer_kl')
   return [chart('Loss of the answers’ tokens (nats)', 'loss'), chart('Share of the answers’ tokens right', 'accuracy'),
-          ('Indexer: KL to the attention it imitates (nats)', 'step', [as_line('indexer', line(main, 'indexer_kl'))],
-           marks)]
+          ('Indexer: KL to the attention it imitates (nats)', 'step', [as_line('indexer', kl)],
+           [mark for mark in marks if kl and mark[0] >= kl[0][0] - records[mark[1]][0]['step']])]
 
 
 def offsets(records, names) -> list[int]:

@@ -57,9 +57,12 @@ def line_chart(lines: Sequence[Line], title: str, x_label: str, marks: Sequence[
     out.append(f'<text x="{px(x):.1f}" y="{height - bottom + 16}" text-anchor="middle">{x:g}</text>')
   out.append(f'<text x="{(left + width - right) / 2:.0f}" y="{height - 2}" text-anchor="middle">'
              f'{html.escape(x_label)}</text>')
-  for x, label in marks:
+  row = 0
+  for n, (x, label) in enumerate(marks):
+    row = row + 1 if n and px(x) - px(marks[n - 1][0]) < 8 * len(marks[n - 1][1]) else 0     # below a close neighbour
     out.append(f'<line x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{top}" y2="{height - bottom}" stroke="{FAINT}" '
-               f'stroke-dasharray="3 3"/><text x="{px(x) + 4:.1f}" y="{top + 9}">{html.escape(label)}</text>')
+               f'stroke-dasharray="3 3"/><text x="{px(x) + 4:.1f}" y="{top + 9 + 13 * row}">'
+               f'{html.escape(label)}</text>')
   labels = _spread([(py(points[-1][1]), n, line.label) for n, line, points in kept], 13)
   for n, _, points in kept:
     path = ' '.join(f'{px(x):.1f},{py(y):.1f}' for x, y in points)
