@@ -298,13 +298,14 @@ def _check_fit(path: pathlib.Path, stored: dict, wanted: dict) -> None:
 
 
 def _concrete(tree: Any) -> Any:
-  """ShapeDtypeStructs whose shardings name real devices."""
+  """ShapeDtypeStructs whose shardings name real devices. A leaf without one is on every device of the mesh, if any:
+  on the first device alone, the other processes of a run could not hold it."""
+  mesh = None if jax.sharding.get_abstract_mesh().empty else jax.sharding.get_mesh()
+  anywhere = jax.NamedSharding(mesh, jax.P()) if mesh else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
   def one(x):
-    sharding = x.sharding
-    if isinstance(sharding, jax.sharding.NamedSharding):
-      if isinstance(sharding.mesh, jax.sharding.AbstractMesh):
-        sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), sharding.spec)
-    elif sharding is None:
-      sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    where = x.sharding
+    if isinstance(where, jax.NamedSharding) and isinstance(where.mesh, jax.sharding.AbstractMesh):
+      where = jax.NamedSharding(mesh, where.spec) if mesh else None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=anywhere if where is None else where)
   return jax.tree.map(one, tree)

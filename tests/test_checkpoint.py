@@ -184,6 +184,8 @@ def test_another_mesh_restores_the_same_values(tmp_path, said):
     abstract = jax.eval_shape(jax.jit(lambda: jax.sharding.reshard(jnp.zeros((8, 8)), P('data'))))
     found = ckpt.restore(dict(like, w=abstract))      # shapes without devices, as a program would have them
     assert found.state['w'].sharding.spec == P('data', None)
+    found = ckpt.restore({'w': abstract, 'rng': jax.eval_shape(lambda: jax.random.key(0))})
+    assert found.state['rng'].sharding.is_fully_replicated and len(found.state['rng'].devices()) == 8
   found = ckpt.restore(shape_of({'w': jnp.zeros((8, 8)), 'rng': jax.random.key(0)}))
   np.testing.assert_array_equal(found.state['w'], value)
 
