@@ -1,4 +1,4 @@
-"""The main job at the size of a laptop: a Keye of under a million parameters learns from FrameForge clips.
+"""The main job at the size of a laptop: a Keye of 1.1 million parameters learns from FrameForge clips.
 
 Stages of `keye quickstart`, in this order; each is a run that `keye train --config configs/quickstart.py:STAGE` can
 also train by itself once the data lie in runs/quickstart/data:
