@@ -1,0 +1,90 @@
+"""What the tests run: every implementation, and the tiled form of `xla` with tiles small enough for small inputs.
+
+Letters as in cases.py.
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import tiles
+from pallas_kernels.dense_attention import dense_attention
+from pallas_kernels.dense_attention import xla as dense_xla
+from pallas_kernels.dsa_attention import dsa_attention
+from pallas_kernels.index_select import xla as index_xla
+from pallas_kernels.indexer_warmup import indexer_warmup
+
+KINDS = ('reference', 'xla', 'tiles')
+SMALL = ((tiles, 'KEYS', 8), (dense_xla, 'SMALL', 4), (dense_xla, 'FEW', 0), (dense_xla, 'QUERY_ROWS', 32),
+         (index_xla, 'SMALL', 0), (index_xla, 'QUERIES', 4), (index_xla, 'WIDE', 8), (index_xla, 'LENGTHS', 2))
+
+
+def named(kind: str, fn):
+  """fn(implementation=...) of a kind. Tile sizes are read while tracing, so they are changed only meanwhile."""
+  def traced(*args):
+    if kind != 'tiles':
+      return fn(*args, implementation=kind)
+    saved = [(module, name, getattr(module, name)) for module, name, _ in SMALL]
+    try:
+      for module, name, value in SMALL:
+        setattr(module, name, value)
+      return fn(*args, implementation='xla')
+    finally:
+      for module, name, value in saved:
+        setattr(module, name, value)
+  return traced
+
+
+def weights(x, order_BT):
+  """A cotangent, different at every place; it travels with the tokens when a row is permuted."""
+  B, T = order_BT.shape
+  inner = x.size // (B * T)
+  place = (jnp.arange(B)[:, None] * T + order_BT)[..., None] * inner + jnp.arange(inner)
+  return jnp.cos(place.astype(jnp.float32)).reshape(x.shape)
+
+
+@functools.cache
+def dense(kind: str, causal: bool = True, scale: float | None = None):
+  """case.dense -> ((dq, dk, dv), (o, lse))."""
+  def run(q, k, v, *places):
+    def loss(q, k, v):
+      fn = lambda *a, implementation: dense_attention(*a, causal=causal, scale=scale, implementation=implementation)
+      o, lse = named(kind, fn)(q, k, v, *places)
+      return (o.astype(jnp.float32) * weights(o, places[2])).sum() + lse.sum(), (o, lse)     # lse must add no gradient
+    return jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+  return jax.jit(run)
+
+
+@functools.cache
+def sparse(kind: str, topk: int):
+  """(case, weight of o, weight of kl) -> (gradients of q, k, v, iq, ik, gate; DSAOutput)."""
+  def run(case, of_o, of_kl):
+    def loss(*arrays):
+      fn = lambda *a, implementation: dsa_attention(*a, topk=topk, implementation=implementation)
+      out = named(kind, fn)(*arrays, *case[6:])
+      o, kl = ((x.astype(jnp.float32) * weights(x, case.q_order)).sum() for x in (out.o_BTHK, out.kl_BT))
+      return of_o * o + of_kl * kl + out.lse_BTH.sum(), out
+    return jax.grad(loss, range(6), has_aux=True)(*case[:6])
+  jitted = jax.jit(run)
+  return lambda case, of_o=1.0, of_kl=1.0: jitted(case, of_o, of_kl)
+
+
+@functools.cache
+def sparse_values(kind: str, topk: int, want_kl: bool = False):
+  """(case, selection or None) -> DSAOutput."""
+  def run(case, selection):
+    fn = lambda *a, implementation: dsa_attention(*a, topk=topk, selection=selection, want_kl=want_kl,
+                                                  implementation=implementation)
+    return named(kind, fn)(*case)
+  return jax.jit(run)
+
+
+@functools.cache
+def warmup(kind: str):
+  """(case, lse) -> (gradients of q, k, lse, iq, ik, gate; kl)."""
+  def run(case, lse):
+    def loss(q, k, lse, iq, ik, gate):
+      kl = named(kind, indexer_warmup)(q, k, lse, iq, ik, gate, *case[6:])
+      return (kl * weights(kl, case.q_order)).sum(), kl
+    return jax.grad(loss, range(6), has_aux=True)(case.q, case.k, lse, case.iq, case.ik, case.gate)
+  return jax.jit(run)

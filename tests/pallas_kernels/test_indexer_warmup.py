@@ -1,0 +1,56 @@
+import jax
+import numpy as np
+import pytest
+
+from tests.pallas_kernels import cases, independent, kinds
+from tests.tolerances import assert_close
+
+SIZE = dict(B=2, T=24, H=4, G=2, K=8, I=2, J=8)
+
+
+@pytest.fixture(scope='module')
+def torch_case(fixtures):
+  return fixtures('dsa_torch.npz')
+
+
+def lse_of(case):
+  return kinds.dense('reference')(*case.dense)[1][1]
+
+
+@pytest.mark.parametrize('kind', kinds.KINDS)
+class TestEveryImplementation:
+
+  @pytest.mark.parametrize('layout, shuffle', [('branches', False), ('packed', True)])
+  def test_equals_plain_loops(self, kind, layout, shuffle):
+    case = cases.make(1, **SIZE, layout=layout, shuffle=shuffle)
+    keys = lambda b, t: independent.seen(case, b, t)
+    _, lse, mean = independent.attention(case, keys)
+    _, kl = kinds.warmup(kind)(case.cast('float32'), np.float32(lse))
+    assert_close(kl, independent.kl(case, mean, keys))
+
+  def test_equals_torch_with_gradients(self, kind, torch_case):
+    n = torch_case
+    grads, kl = kinds.warmup(kind)(n['case'], lse_of(n['case']))
+    assert_close(kl, n['warmup_kl'], what='kl')
+    for name, got in zip(('diq', 'dik', 'dgate'), grads[3:]):
+      assert_close(got, n[f'warmup_{name}'], what=name)
+
+  @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+  def test_equals_the_reference_with_gradients(self, kind, dtype):
+    case = cases.make(2, **SIZE).cast(dtype)
+    lse = lse_of(case.cast('float32'))
+    expected = jax.tree.leaves(kinds.warmup('reference')(case.cast('float32'), lse))
+    for got, want in zip(jax.tree.leaves(kinds.warmup(kind)(case, lse)), expected):
+      assert_close(got, want, dtype)
+
+  def test_only_the_indexer_learns(self, kind):
+    case = cases.make(3, **SIZE).cast('float32')
+    grads, _ = kinds.warmup(kind)(case, lse_of(case))
+    assert all(np.abs(g).sum() == 0 for g in grads[:3]) and all(np.abs(g).sum() > 0 for g in grads[3:])
+
+  def test_a_query_that_sees_nothing(self, kind):
+    case = cases.make(4, **SIZE).cast('float32')
+    case = case._replace(q_segment=case.q_segment.at[:, 5].set(77 << 8))
+    grads, kl = kinds.warmup(kind)(case, lse_of(case))
+    assert (np.asarray(kl)[:, 5] == 0).all() and (np.asarray(grads[3])[:, 5] == 0).all()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((grads, kl)))
