@@ -12,8 +12,10 @@ import optax
 
 from data_pipelines.errors import InputError
 from keye_jax.objectives.common import Metrics, Objective
-from keye_jax.steps.optimizer import groups
+from keye_jax.steps.optimizer import group_norms
 from keye_jax.steps.state import State, merge
+
+GRADIENT_NORM = {'model': 'grad_norm', 'indexer': 'indexer_grad_norm'}      # group -> metric
 
 
 def make_update(apply: Callable[[Any, Any], Any], objective: Objective, tx: optax.GradientTransformation,
@@ -55,14 +57,18 @@ def make_update(apply: Callable[[Any, Any], Any], objective: Objective, tx: opta
     value, metrics, grads = gradient(train, frozen, batch)
     norms = group_norms(grads)
     ok = functools.reduce(jnp.logical_and, [jnp.isfinite(n) for n in norms.values()], jnp.isfinite(value))
-    changes, new_opt = tx.update(grads, opt, train, rates=rates)
-    new_train = optax.apply_updates(train, changes)
-    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(ok, new, old))
+
+    def take(train, opt, grads):
+      changes, opt = tx.update(grads, opt, train, rates=rates, norms=norms)
+      return optax.apply_updates(train, changes), opt
+
+    # A branch, not a choice between old and new values: that would copy the optimizer state to keep both.
+    train, opt = jax.lax.cond(ok, take, lambda train, opt, grads: (train, opt), train, opt, grads)
     one = jnp.float32(1)
-    metrics = metrics | {name: (norm, one) for name, norm in norms.items()}
+    metrics = metrics | {GRADIENT_NORM[group]: (norm, one) for group, norm in norms.items()}
     metrics = jax.tree.map(lambda m: jnp.where(ok, m, 0).astype(jnp.float32), metrics)
     metrics['skipped'] = (1 - ok.astype(jnp.float32), one)
-    return (count + 1, keep(new_train, train), keep(new_opt, opt), rng), metrics
+    return (count + 1, train, opt, rng), metrics
 
   def update(state: State, batch: Any, rates: dict[str, float]) -> tuple[State, Metrics]:
     live = (state.step, state.train, state.opt, state.rng)
@@ -85,11 +91,3 @@ def micro_batches(batch: Any, n: int) -> Any:
     cut = jax.lax.reshape(x, (B // n, n, *x.shape[1:]), out_sharding=jax.P(rows, None, *rest))
     return jnp.moveaxis(cut, 1, 0)
   return jax.tree.map(one, batch)
-
-
-def group_norms(grads: Any) -> dict[str, jax.Array]:
-  """Global L2 norm of each optimizer group's gradient: {'grad_norm': ..., 'indexer_grad_norm': ...}."""
-  labels, leaves = jax.tree.leaves(groups(grads)), jax.tree.leaves(grads)
-  norm = lambda label: optax.tree.norm([g for g, name in zip(leaves, labels) if name == label])
-  return {name: norm(label) for name, label in (('grad_norm', 'model'), ('indexer_grad_norm', 'indexer'))
-          if label in labels}

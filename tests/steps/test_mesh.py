@@ -78,7 +78,8 @@ def test_muon_on_a_mesh_keeps_values_and_shardings():
 
   tx = optimizer.make_optimizer(OptimizerConfig(name='muon'))
   rates = {'model': 0.1, 'indexer': 0.1}
-  step = jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params, rates=rates))
+  step = jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params, rates=rates,
+                                                  norms=optimizer.group_norms(grads)))
   params, grads = toy.init(0), toy.init(1)
   expected = jax.tree.map(np.asarray, step(grads, params)[0])
   with mesh(2, 2, 2):

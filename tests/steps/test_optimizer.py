@@ -21,7 +21,8 @@ PLAIN = OptimizerConfig(learning_rate=0.1, weight_decay=0.0, schedule='constant'
 @functools.cache
 def compiled(cfg):
   tx = optimizer.make_optimizer(cfg)
-  return jax.jit(lambda grads, params, rates: tx.update(grads, tx.init(params), params, rates=rates)[0])
+  return jax.jit(lambda grads, params, rates: tx.update(grads, tx.init(params), params, rates=rates,
+                                                        norms=optimizer.group_norms(grads))[0])
 
 
 def one_update(cfg, params, grads):
