@@ -60,8 +60,8 @@ class Indexer(nn.Module):
     k_bias_J = sharding.param(self, 'k_norm_bias', nn.initializers.zeros, (J,), (None,), c)
 
     x_BTD = jax.lax.stop_gradient(x_BTD)
-    iq_BTIJ = layers.rms_norm(jnp.einsum('BTD,DIJ->BTIJ', x_BTD, q_DIJ), q_norm_J, INDEXER_EPS)
-    ik_BTJ = layers.layer_norm(jnp.einsum('BTD,DJ->BTJ', x_BTD, k_DJ), k_scale_J, k_bias_J, INDEXER_EPS)
+    iq_BTIJ = layers.rms_norm(layers.project(x_BTD, q_DIJ), q_norm_J, INDEXER_EPS)
+    ik_BTJ = layers.layer_norm(layers.project(x_BTD, k_DJ), k_scale_J, k_bias_J, INDEXER_EPS)
     gate_BTI = jnp.einsum('BTD,DI->BTI', x_BTD, gate_DI, precision=jax.lax.Precision.HIGHEST,
                           preferred_element_type=jnp.float32) * J ** -0.5
     iq_BTIJ = rope.rotate(iq_BTIJ, cos_BTF, sin_BTF)
@@ -83,9 +83,9 @@ class Attention(nn.Module):
     v_DGK = sharding.param(self, 'v', init, (D, G, K), ('embed', None, None), c)
     o_HKD = sharding.param(self, 'o', layers.residual_init(H * K, text.layers), (H, K, D), (None, None, 'embed'), c)
 
-    q_BTHK = jnp.einsum('BTD,DHK->BTHK', x_BTD, q_DHK)
-    k_BTGK = jnp.einsum('BTD,DGK->BTGK', x_BTD, k_DGK)
-    v_BTGK = jnp.einsum('BTD,DGK->BTGK', x_BTD, v_DGK)
+    q_BTHK = layers.project(x_BTD, q_DHK)
+    k_BTGK = layers.project(x_BTD, k_DGK)
+    v_BTGK = layers.project(x_BTD, v_DGK)
     if text.qk_norm:
       q_BTHK = layers.rms_norm(q_BTHK, sharding.param(self, 'q_norm', nn.initializers.ones, (K,), (None,), c),
                                text.norm_eps)
@@ -101,7 +101,7 @@ class Attention(nn.Module):
     keys = new if cache is None else jax.tree.map(
         lambda old, token: jax.lax.dynamic_update_slice_in_dim(old, token.astype(old.dtype), ctx.slot, 1), cache, new)
     o_BTHK, kl_BT = attend(c, q_BTHK, keys, index, ctx)
-    y_BTD = jnp.einsum('BTHK,HKD->BTD', o_BTHK, o_HKD)
+    y_BTD = layers.project(o_BTHK, o_HKD, 2)
     return y_BTD, kl_BT, new
 
 

@@ -2,6 +2,8 @@
 
 B batch, T time, D features, F ffn width.
 """
+import math
+
 import jax
 import jax.numpy as jnp
 from flax.linen import initializers
@@ -22,10 +24,23 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
   return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
+def project(x: jax.Array, w: jax.Array, axes: int = 1) -> jax.Array:
+  """Contracts the last `axes` dimensions of x with the first of w.
+
+  One row, as in decoding, is a multiply and a sum: XLA for CPUs inlines the reshaped weight into a one-row dot and then
+  walks it by columns, 7 times slower.
+  """
+  rows, width = x.shape[:x.ndim - axes], math.prod(w.shape[:axes])
+  if math.prod(rows) != 1:
+    return jnp.tensordot(x, w, axes)
+  y = (x.reshape(width, 1).astype(jnp.float32) * w.reshape(width, -1).astype(jnp.float32)).sum(0)
+  return y.astype(x.dtype).reshape(rows + w.shape[axes:])
+
+
 def swiglu(x_BTD: jax.Array, gate_up_DF2: jax.Array, down_FD: jax.Array) -> jax.Array:
   """silu(x W_gate) * (x W_up) W_down; the gate is the first half of gate_up's columns."""
-  gate, up = jnp.split(jnp.einsum('BTD,DF->BTF', x_BTD, gate_up_DF2), 2, -1)
-  return jnp.einsum('BTF,FD->BTD', jax.nn.silu(gate) * up, down_FD)
+  gate, up = jnp.split(project(x_BTD, gate_up_DF2), 2, -1)
+  return project(jax.nn.silu(gate) * up, down_FD)
 
 
 def residual_init(fan_in: int, layers: int):
