@@ -42,7 +42,7 @@ MODEL = ModelConfig(
     attention='dense')
 # One vision row a frame: its 16 patches attend to each other alone.
 DATA = DataConfig(
-    tokens=240, vision_rows=16, vision_patches=16, fps=2.0, min_frames=2, frame_tokens_min=4, frame_tokens_max=4,
+    tokens=256, vision_rows=16, vision_patches=16, fps=2.0, min_frames=2, frame_tokens_min=4, frame_tokens_max=4,
     video_tokens=64, image_tokens_min=4, image_tokens_max=4, cache_mb=1024)
 OPTIMIZER = OptimizerConfig(
     name='muon', learning_rate=5e-3, final_fraction=0.3, schedule='linear', warmup_steps=20, weight_decay=0.0,

@@ -15,6 +15,8 @@ from keye_jax.nn.keye import place
 from keye_jax.nn.vision import Projector, Vision
 from pallas_kernels.index_select import index_select, select_mask
 
+SCORES = 'reference'    # select_mask scores with the reference; a threshold from other bits could lose the last key
+
 
 @functools.partial(jax.jit, static_argnums=0)
 def selections(config: ModelConfig, params, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -42,6 +44,7 @@ def selections(config: ModelConfig, params, batch: Batch) -> tuple[jax.Array, ja
     normed = layers.rms_norm(x_BTD, own['attn_norm'], text.norm_eps)
     iq, ik, gate = Indexer(c).apply({'params': own['attn']['indexer']}, normed, *index)
     where = segment, segment, order, order
-    masks.append(select_mask(index_select(iq, ik, gate, *where, topk=text.indexer.topk), iq, ik, gate, *where))
+    selection = index_select(iq, ik, gate, *where, topk=text.indexer.topk, implementation=SCORES)
+    masks.append(select_mask(selection, iq, ik, gate, *where))
     x_BTD, _ = decoder.Block(c).apply({'params': own}, x_BTD, ctx, None)
   return jnp.stack(masks), layers.rms_norm(x_BTD, params['norm'], text.norm_eps)

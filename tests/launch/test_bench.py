@@ -52,7 +52,7 @@ def test_own_time_counts_as_ours():
   before = bench_rounds.cpu()
   if before is None:
     pytest.skip('no /proc')
-  while bench_rounds.cpu().own == before.own:
+  while bench_rounds.cpu().own < before.own + 0.2:       # the kernel counts in ticks of 10 ms, each counter its own
     sum(range(10_000))
   assert bench_rounds.cpu().machine > before.machine
 
