@@ -14,6 +14,7 @@ import pathlib
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -96,9 +97,16 @@ class Checkpoints:
   def _failure(self, error: Exception) -> InputError:
     """A failed save in one line; removes what it left, so that its space is free again."""
     kept = whole(self.folder)
-    for left in [*self.folder.glob(f'{self._step}{CUT_OFF}*'), self.folder / str(self._step)]:
-      if left.name not in map(str, kept):
-        shutil.rmtree(left, ignore_errors=True)
+    gone = 0
+    for _ in range(50):            # other threads of the save may still be writing, and make their folders again
+      left = [p for p in self.folder.glob(f'{self._step}*')
+              if p.name.startswith(f'{self._step}{CUT_OFF}') or (p.name == str(self._step) and self._step not in kept)]
+      for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+      gone = 0 if left else gone + 1
+      if gone == 5:
+        break
+      time.sleep(0.1)
     text = ' '.join(str(error).split())
     known = re.search('No space left on device|Disk quota exceeded|File too large|Read-only file system'
                       '|Permission denied', text)

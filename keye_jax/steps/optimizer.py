@@ -70,6 +70,8 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArg
 def clip(group: str, limit: float) -> optax.GradientTransformationExtraArgs:
   """Scales gradients whose norm, `norms[group]` given at each update, is above `limit` down to it."""
   def update(updates, state, params=None, *, norms, **_):
+    if not jax.tree.leaves(updates):      # a model without an indexer
+      return updates, state
     scale = jnp.minimum(1.0, limit / jnp.maximum(norms[group], 1e-30))
     return jax.tree.map(lambda g: (g * scale).astype(g.dtype), updates), state
   return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -78,6 +78,15 @@ def test_each_group_is_clipped_by_its_own_norm():
     np.testing.assert_array_equal(a, b)
 
 
+def test_a_model_without_an_indexer_takes_the_same_step():
+  params, grads = toy.init(0), toy.init(1)
+  both = one_update(PLAIN, params, grads)
+  for tree in (params, grads, both):
+    tree['layers']['attn'].pop('indexer')
+  for a, b in zip(jax.tree.leaves(one_update(PLAIN, params, grads)), jax.tree.leaves(both), strict=True):
+    assert_close(a, b)
+
+
 def test_muon_orthogonalises_each_matrix_of_a_stack_and_leaves_the_rest_to_adamw():
   params, grads = toy.init(0), toy.init(1)
   cfg = dataclasses.replace(PLAIN, name='muon')
