@@ -204,7 +204,7 @@ def table(out: dict) -> str:
                  (f'  VOID: {out["void"][name]}' if name in out['void'] else ''))
   for name, row in (out['dsa'] or {}).get('seconds', {}).items():
     lines.append(f'{name:<18} ' + '  '.join(f'{n}: {s:.2f} s' for n, s in row.items()) +
-                 f'  grows as n^{out["dsa"]["exponents"][name]:.2f}')
+                 (f'  grows as n^{power:.2f}' if (power := out['dsa']['exponents'][name]) else ''))
   return '\n'.join([*lines, f'{out["verdict"]}: {out["why"]}'])
 
 

@@ -146,3 +146,23 @@ def test_our_side_runs():
   for side in (bench_model.prefill(config, params, 16), bench_model.train(config, params, 16),
                bench_model.decode(config, params, 16, 2), bench_model.probe()):
     assert side() > 0 and side() > 0
+
+
+@pytest.mark.slow
+def test_parts_of_sparse_attention():
+  import dataclasses
+
+  from launch import bench_dsa, bench_model
+  text = dataclasses.replace(bench_model.MODEL.text, layers=1, embed=16, heads=2, kv_heads=1, head_dim=8, vocab=32,
+                             ffn=8, experts=2, experts_per_token=1)
+  said = []
+  found = bench_dsa.measure(128, said.append, 64, dataclasses.replace(bench_model.MODEL, text=text))
+  assert set(found['seconds']) == {'dense', 'score', 'select', 'attend', 'sparse'} == set(found['exponents'])
+  assert all(list(row) == ['64', '128'] for row in found['seconds'].values())
+  assert set(found['prefill seconds']) == {'dense', 'sparse'} and len(said) == 4
+
+
+def test_growth_needs_two_lengths():
+  from launch import bench_dsa
+  with pytest.raises(InputError, match='--dsa 8192 leaves one length or none'):
+    bench_dsa.measure(8192, print)

@@ -1,0 +1,85 @@
+"""`keye bench model --dsa N`: the parts of sparse attention of one layer as the sequence grows, beside dense attention.
+
+T tokens, S keys, I indexer heads, J indexer head dim, H query heads, G KV heads, K head dim.
+"""
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from data_pipelines.errors import InputError
+from keye_jax.nn import keye
+from launch import bench_model, bench_rounds
+from pallas_kernels.dense_attention import dense_attention
+from pallas_kernels.dsa_attention import dsa_attention
+from pallas_kernels.index_select import index_select, xla
+
+SMALLEST = 8192
+
+
+def measure(tokens: int, say: Callable[[str], None], smallest: int = SMALLEST, config=bench_model.MODEL) -> dict:
+  """Seconds of each part at `smallest`, twice that, ... up to `tokens`, the exponent of its growth, and prefill of the
+  whole model at `tokens`. Raises InputError when there are not at least two lengths.
+
+  score: all index scores, reduced to their maxima. sparse: the fused op without the indexer's loss. The parts of the
+  fused op are differences, as it never holds them apart: select = selection - score, attend = replay of a selection
+  - score.
+  """
+  sizes = [smallest * 2 ** i for i in range(32) if smallest * 2 ** i <= tokens]
+  if len(sizes) < 2:
+    raise InputError(f'keye bench: --dsa {tokens} leaves one length or none; it starts at {smallest} and doubles')
+  seconds = {}
+  for n in sizes:
+    row = parts(bench_model.sparse(config), n)
+    for name, s in row.items():
+      seconds.setdefault(name, {})[str(n)] = s
+    say(f'{n} tokens, one layer: ' + ', '.join(f'{name} {s:.2f} s' for name, s in row.items()) +
+        (f'; {sizes[-1]} in about {sum(row.values()) * (sizes[-1] / n) ** 2:.0f} s' if n < sizes[-1] else ''))
+  prefill = {}
+  for name, c in (('dense', config), ('sparse', bench_model.sparse(config))):
+    side = bench_model.prefill(c, keye.init(c, jax.random.key(0)), sizes[-1])
+    side()                                                                 # compiles
+    prefill[name] = side()
+    say(f'prefill of {sizes[-1]} tokens, {name}: {prefill[name]:.1f} s')
+  growth = {name: bench_rounds.exponent(sizes, list(row.values())) if min(row.values()) > 0 else None
+            for name, row in seconds.items()}
+  return {'topk': bench_model.INDEXER.topk, 'seconds': seconds, 'exponents': growth,
+          'prefill tokens': sizes[-1], 'prefill seconds': prefill}
+
+
+def parts(config, n: int) -> dict[str, float]:
+  """Seconds of one layer's attention over a row of n tokens: best of two after compiling."""
+  t, index = config.text, config.text.indexer
+  keys = iter(jax.random.split(jax.random.key(0), 6))
+  normal = lambda *shape: jax.random.normal(next(keys), (1, n, *shape))
+  q, k, v = normal(t.heads, t.head_dim), normal(t.kv_heads, t.head_dim), normal(t.kv_heads, t.head_dim)
+  iq, ik, gate = normal(index.heads, index.head_dim), normal(index.head_dim), normal(index.heads)
+  segment, order = jnp.full((1, n), 1 << 8, jnp.int32), jnp.arange(n, dtype=jnp.int32)[None]
+  place = segment, segment, order, order
+  sparse = functools.partial(dsa_attention, topk=index.topk, want_kl=False)
+  select = jax.jit(functools.partial(index_select, topk=index.topk))
+  selection = select(iq, ik, gate, *place)
+
+  def best(fn, *args):
+    bench_model.timed(fn, *args)
+    return min(bench_model.timed(fn, *args)[0] for _ in range(2))
+
+  score = best(jax.jit(score_maxima), iq[0], ik[0], gate[0], segment[0], order[0])
+  replay = jax.jit(lambda selection, *a: sparse(*a, selection=selection).o_BTHK)
+  return {
+      'dense': best(jax.jit(lambda *a: dense_attention(*a)[0]), q, k, v, *place),
+      'score': score,
+      'select': best(select, iq, ik, gate, *place) - score,
+      'attend': best(replay, selection, q, k, v, iq, ik, gate, *place) - score,
+      'sparse': best(jax.jit(lambda *a: sparse(*a).o_BTHK), q, k, v, iq, ik, gate, *place),
+  }
+
+
+def score_maxima(iq_TIJ, ik_SJ, gate_TI, segment_T, order_T):
+  """The largest index score of each query, [T], through the buffers that a selection uses."""
+  keys = xla.cut_keys(ik_SJ, segment_T, order_T)
+  size = min(len(order_T), xla.QUERIES)
+  queries = xla.cut_queries(size, iq_TIJ.swapaxes(0, 1), gate_TI, segment_T, order_T, keys)
+  step = lambda buffer, query: xla.in_scores(buffer, query, keys, lambda score_PTS, _: score_PTS.max((0, 2)))
+  return jax.lax.scan(step, xla.empty_buffer(size, keys), queries)[1].reshape(-1)[:len(order_T)]
