@@ -68,7 +68,8 @@ def test_two_processes_train_save_stop_together_and_resume(tmp_path):
   config.write_text(CONFIG.format(data=str(data), train=dict(steps=stopped + 3, log_every=1, save_every=1000)))
   (code, text, err), (code1, text1, err1) = finish(start(config, out))
   assert (code, code1) == (0, 0), err + err1
-  assert json.loads(text)['step'] == stopped + 3 and not text1          # process 0 speaks for both
+  # Process 0 speaks for both; gloo, the transport between CPUs, says on stdout that it is connected.
+  assert json.loads(text.splitlines()[-1])['step'] == stopped + 3 and '"step"' not in text1
   assert [r['step'] for r in metrics.read(out)] == list(range(1, stopped + 4))
 
 
