@@ -28,10 +28,10 @@ def project(x: jax.Array, w: jax.Array, axes: int = 1) -> jax.Array:
   """Contracts the last `axes` dimensions of x with the first of w.
 
   One row, as in decoding, is a multiply and a sum: XLA for CPUs inlines the reshaped weight into a one-row dot and then
-  walks it by columns, 7 times slower.
+  walks it by columns, 7 times slower. Under a mesh it stays a dot, whose sharding jax knows.
   """
   rows, width = x.shape[:x.ndim - axes], math.prod(w.shape[:axes])
-  if math.prod(rows) != 1:
+  if math.prod(rows) != 1 or not jax.typeof(x).sharding.mesh.empty:
     return jnp.tensordot(x, w, axes)
   y = (x.reshape(width, 1).astype(jnp.float32) * w.reshape(width, -1).astype(jnp.float32)).sum(0)
   return y.astype(x.dtype).reshape(rows + w.shape[axes:])
