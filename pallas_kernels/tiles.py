@@ -16,7 +16,7 @@ from pallas_kernels.mask import BRANCH_BITS, NEG_INF
 # Segments of padding: tokens that fill up a tile. Neither sees anything, not even its own kind, as real padding does.
 QUERY_PAD, KEY_PAD = -1, -1 << 2 * BRANCH_BITS
 KEYS = 256             # keys of a tile
-MAP_ROWS = 1 << 17     # score elements of a row from which the batch is a loop: its buffers then stay in the cache
+MANY = 1 << 17         # logits of a row from which the batch is a loop: what a row needs then stays in the cache
 
 
 def dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -39,14 +39,12 @@ def unstack_heads(x_BGNK: jax.Array, T: int) -> jax.Array:
   return x.reshape(B, T, G * (N // T), *rest)
 
 
-def over_rows(fn: Callable, arrays: tuple, elements: int):
-  """`fn` on each row of the batch: at once when the row's scores (`elements`) are few, in a loop when they are many."""
+def over_rows(fn: Callable, arrays: tuple, loop: bool):
+  """`fn` on each row of the batch: in a loop, or on all rows at once."""
   B = jax.tree.leaves(arrays)[0].shape[0]
   if B == 1:
     return jax.tree.map(lambda a: a[None], fn(*jax.tree.map(lambda a: a[0], arrays)))
-  if elements < MAP_ROWS:
-    return jax.vmap(fn)(*arrays)
-  return jax.lax.map(lambda a: fn(*a), arrays)
+  return jax.lax.map(lambda a: fn(*a), arrays) if loop else jax.vmap(fn)(*arrays)
 
 
 def pad(x: jax.Array, axis: int, multiple: int, value=0) -> jax.Array:
@@ -123,7 +121,11 @@ def attend(q_GNK, k_PGSK, v_PGSK, tile_P, count, mask: Callable, scale) -> tuple
     return new_GN, l_GN * fade_GN + w_GNS.sum(-1), acc_GNK
 
   init = jnp.full((G, N), NEG_INF), jnp.zeros((G, N)), jnp.zeros((G, N, v_PGSK.shape[-1]))
-  m_GN, l_GN, acc_GNK = jax.lax.fori_loop(0, count, step, init)
+  return finish(*jax.lax.fori_loop(0, count, step, init))
+
+
+def finish(m_GN, l_GN, acc_GNK) -> tuple[jax.Array, jax.Array]:
+  """(o_GNK, lse_GN) from the running maximum, sum and weighted values of an online softmax."""
   seen_GN = m_GN > NEG_INF
   l_GN = jnp.where(seen_GN, l_GN, 1)
   return (jnp.where(seen_GN[..., None], acc_GNK / l_GN[..., None], 0),

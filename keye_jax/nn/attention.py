@@ -109,9 +109,10 @@ def attend(config: ModelConfig, q_BTHK, keys: KV, index, ctx: Context):
   """Runs the attention mode of the config on each device's own queries against all keys of its rows.
 
   Under a sharded sequence the keys are gathered (index keys are narrow) and queries stay where they are; `order`
-  carries causality, so any layout of the sequence gives the same result. Returns (o_BTHK, kl_BT or None).
+  carries causality, so any layout of the sequence gives the same result. Returns (o_BTHK, kl_BT or None): with a
+  cache nothing is learnt, so the indexer's loss is left out.
   """
-  query, key = ('batch', 'seq'), ('batch', None)
+  query, key, learning = ('batch', 'seq'), ('batch', None), ctx.slot is None
   arrays = dict(q=(q_BTHK, query), k=(keys.k_BSGK, key), v=(keys.v_BSGK, key),
                 q_segment=(ctx.segment_BT, query), k_segment=(ctx.key_segment_BS, key),
                 q_order=(ctx.order_BT, query), k_order=(ctx.key_order_BS, key))
@@ -138,13 +139,14 @@ def attend(config: ModelConfig, q_BTHK, keys: KV, index, ctx: Context):
 
   def sparse(a):
     result = dsa_attention(a['q'], a['k'], a['v'], a['iq'], a['ik'], a['gate'], a['q_segment'], a['k_segment'],
-                           a['q_order'], a['k_order'], topk=config.text.indexer.topk)
-    return result.o_BTHK, result.kl_BT
+                           a['q_order'], a['k_order'], topk=config.text.indexer.topk, want_kl=learning)
+    return (result.o_BTHK, result.kl_BT) if learning else result.o_BTHK
 
   match config.attention:
-    case 'dense':
-      return sharding.local(lambda a: dense(a)[0], config.layout, (in_axes,), o_axes)(values), None
-    case 'warmup':
-      return sharding.local(warmup, config.layout, (in_axes,), (o_axes, query))(values)
+    case 'warmup' | 'sparse' if learning:
+      with_loss = warmup if config.attention == 'warmup' else sparse
+      return sharding.local(with_loss, config.layout, (in_axes,), (o_axes, query))(values)
     case 'sparse':
-      return sharding.local(sparse, config.layout, (in_axes,), (o_axes, query))(values)
+      return sharding.local(sparse, config.layout, (in_axes,), o_axes)(values), None
+    case 'dense' | 'warmup':
+      return sharding.local(lambda a: dense(a)[0], config.layout, (in_axes,), o_axes)(values), None

@@ -32,10 +32,12 @@ def _attention(q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k
 def _forward(q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, causal, scale):
   T, H, G = q_BTHK.shape[1], q_BTHK.shape[2], k_BSGK.shape[2]
   S = k_BSGK.shape[1]
-  row = forward_one if is_small(T, S) else forward_tiles
+  small = is_small(T, S)
+  row = forward_one if small else forward_tiles
   arrays = (tiles.stack_heads(q_BTHK, G), k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2),
             q_segment_BT, k_segment_BS, q_order_BT, k_order_BS)
-  o_BGNK, lse_BGN = tiles.over_rows(functools.partial(row, causal=causal, scale=scale), arrays, H * T * S)
+  o_BGNK, lse_BGN = tiles.over_rows(functools.partial(row, causal=causal, scale=scale), arrays,
+                                    loop=not small or H * T * S >= tiles.MANY)
   o_BTHK, lse_BTH = tiles.unstack_heads(o_BGNK.astype(q_BTHK.dtype), T), tiles.unstack_heads(lse_BGN, T)
   return (o_BTHK, lse_BTH), (q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, o_BTHK,
                              lse_BTH)
@@ -49,8 +51,10 @@ def _backward(causal, scale, saved, cotangents):
   stack = functools.partial(tiles.stack_heads, G=G)
   arrays = (stack(q_BTHK), k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2), q_segment_BT, k_segment_BS, q_order_BT,
             k_order_BS, stack(lse_BTH), stack(delta_BTH), stack(do_BTHK))
-  row = backward_one if is_small(T, S) else backward_tiles
-  dq, dk, dv = tiles.over_rows(functools.partial(row, causal=causal, scale=scale), arrays, H * T * S)
+  small = is_small(T, S)
+  row = backward_one if small else backward_tiles
+  dq, dk, dv = tiles.over_rows(functools.partial(row, causal=causal, scale=scale), arrays,
+                               loop=not small or H * T * S >= tiles.MANY)
   return (tiles.unstack_heads(dq, T).astype(q_BTHK.dtype), dk.swapaxes(1, 2).astype(k_BSGK.dtype),
           dv.swapaxes(1, 2).astype(v_BSGK.dtype), None, None, None, None)
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tiles
 from pallas_kernels.dense_attention.xla import cut_queries, join_queries, query_tile
+from pallas_kernels.dsa_attention import union
 from pallas_kernels.dsa_attention.row import Options, Row
 from pallas_kernels.index_select import search
 from pallas_kernels.index_select import xla as index
@@ -23,6 +24,8 @@ from pallas_kernels.index_select.selection import Selection, keep_all
 from pallas_kernels.index_select.xla import products, score
 from pallas_kernels.indexer_warmup.xla import head_mean, kl_add, kl_end, kl_gradient_one, kl_start
 from pallas_kernels.mask import visible
+
+GATHERED = 0.55        # share of its keys below which a chunk gathers them: a gathered key costs 1.7 times as much
 
 
 class Chunk(NamedTuple):
@@ -72,7 +75,9 @@ def plan(options: Options, row: Row, selection: Selection | None) -> Plan:
 
 
 def select(options: Options, row: Plan, buffer_PTS, chunk: Chunk, replay: bool):
-  """(buffer, selection of the chunk's groups [M, T], word of bits of every key and group [M, S])."""
+  """(buffer, selection of the chunk's groups [M, T], word of bits of every key and group [M, S] or None for all)."""
+  if row.every:
+    return buffer_PTS, chunk.selection, None
   P = len(row.keys.order_PS)
 
   def one(buffer_PTS, inputs):
@@ -115,12 +120,23 @@ def visible_tiles(row: Plan, chunk: Chunk) -> tuple[jax.Array, jax.Array, Callab
   return chunk.tile_P, chunk.count, mask
 
 
-def in_chunk(options: Options, row: Plan, buffer_PTS, chunk: Chunk, replay: bool):
-  """(buffer, selection of the chunk's groups, tile_P, count, mask)."""
-  if row.every:
-    return buffer_PTS, chunk.selection, *visible_tiles(row, chunk)
-  buffer_PTS, selection, word_MS = select(options, row, buffer_PTS, chunk, replay)
-  return buffer_PTS, selection, *selected_tiles(word_MS, row.size)
+def gathered_or(dense: Callable, options: Options, row: Plan, q_GNK, kv_SX, word_MS, count):
+  """(o_GNK, lse_GN) of a chunk over gathered keys when its tiles selected few, else by `dense`."""
+  M, S = word_MS.shape
+  group = row.size // M
+  tile = union.TILE if group % union.TILE == 0 else group
+  shift = jnp.arange(0, group, tile, dtype=jnp.int32)
+  word_QS = ((word_MS[:, None] >> shift[:, None]) & ((1 << tile) - 1)).reshape(-1, S)
+  members = jax.vmap(union.picks)(word_QS != 0)
+  few = members.end_W[:, -1].sum() < GATHERED * (count * tiles.KEYS * len(word_QS)).astype(jnp.float32)
+
+  def gathered():
+    q_QGNK = tiles.cut_heads(q_GNK, row.size, tile)
+    one = lambda x: union.attend(x[0], kv_SX, x[1], x[2], tile, options.scale)
+    o_QGNK, lse_QGN = jax.lax.map(one, (q_QGNK, word_QS, members))
+    return tiles.join_heads(o_QGNK, tile), tiles.join_heads(lse_QGN, tile)
+
+  return jax.lax.cond(few, gathered, dense)
 
 
 def index_queries(chunk: Chunk) -> tuple[jax.Array, jax.Array]:
@@ -138,10 +154,18 @@ def start_buffer(row: Plan) -> jax.Array:
 def forward(options: Options, arrays: Row, selection: Selection | None):
   """(o_GNK float32, lse_GN, kl_T or None, log-sum-exp of the selected scores [T] or None, Selection) of a row."""
   row, T, replay = plan(options, arrays, selection), len(arrays.q_order_T), selection is not None
+  flat_keys = lambda x_PGSK: x_PGSK.swapaxes(1, 2).reshape(row.order_PS.size, -1)
+  kv_SX = jnp.concatenate([flat_keys(row.k_PGSK), flat_keys(row.v_PGSK)], 1)
 
   def one(buffer_PTS, chunk):
-    buffer_PTS, chosen, tile_P, count, mask = in_chunk(options, row, buffer_PTS, chunk, replay)
-    o_GNK, lse_GN = tiles.attend(chunk.q_GNK, row.k_PGSK, row.v_PGSK, tile_P, count, mask, options.scale)
+    buffer_PTS, chosen, word_MS = select(options, row, buffer_PTS, chunk, replay)
+    tile_P, count, mask = visible_tiles(row, chunk) if row.every else selected_tiles(word_MS, row.size)
+    dense = lambda: tiles.attend(chunk.q_GNK, row.k_PGSK, row.v_PGSK, tile_P, count, mask, options.scale)
+    # The loss needs all tiles again; without it, few selected keys are better gathered than masked.
+    if row.every or options.want_kl:
+      o_GNK, lse_GN = dense()
+    else:
+      o_GNK, lse_GN = gathered_or(dense, options, row, chunk.q_GNK, kv_SX, word_MS, count)
     kl = kl_of(options, row, chunk, lse_GN, tile_P, count, mask) if options.want_kl else (None, None)
     return buffer_PTS, (o_GNK, lse_GN, *kl, chosen)
 
@@ -173,7 +197,8 @@ def backward(options: Options, arrays: Row, selection: Selection, index_lse_T, l
   def one(carry, inputs):
     buffer_PTS, dk_PGSK, dv_PGSK, dik_PSJ = carry
     chunk, (lse_GN, delta_GN, do_GNK), (index_lse_T, dkl_T) = inputs
-    buffer_PTS, _, tile_P, count, mask = in_chunk(options, row, buffer_PTS, chunk, replay=True)
+    buffer_PTS, _, word_MS = select(options, row, buffer_PTS, chunk, replay=True)
+    tile_P, count, mask = selected_tiles(word_MS, row.size)
     iq_ITJ, gate_TI = index_queries(chunk)
 
     def step(n, carry):

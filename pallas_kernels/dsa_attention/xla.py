@@ -39,19 +39,18 @@ def _attention(options, rows: Row, selection):
   return _forward(options, rows, selection)[0]
 
 
-def elements(rows: Row) -> int:
-  """Attention logits of one row."""
-  return rows.q_GNK.shape[1] * rows.q_GNK.shape[2] * rows.k_GSK.shape[2]
-
-
-def is_small(rows: Row) -> bool:
-  return index.is_small(rows.q_order_T.shape[1], rows.k_order_S.shape[1])
+def shape(rows: Row) -> tuple[bool, bool]:
+  """(is a row one tile, does the batch go in a loop)."""
+  _, G, N, _ = rows.q_GNK.shape
+  T, S = rows.q_order_T.shape[1], rows.k_order_S.shape[1]
+  small = index.is_small(T, S)
+  return small, not small or G * N * S >= tiles.MANY
 
 
 def _forward(options, rows: Row, selection):
-  forward = forward_one if is_small(rows) else chunks.forward
-  o_BGNK, lse_BGN, kl_BT, index_lse_BT, selection = tiles.over_rows(functools.partial(forward, options),
-                                                                    (rows, selection), elements(rows))
+  small, loop = shape(rows)
+  o_BGNK, lse_BGN, kl_BT, index_lse_BT, selection = tiles.over_rows(
+      functools.partial(forward_one if small else chunks.forward, options), (rows, selection), loop)
   o_BGNK = o_BGNK.astype(rows.q_GNK.dtype)
   return (o_BGNK, lse_BGN, kl_BT, selection), (rows, o_BGNK, lse_BGN, index_lse_BT, selection)
 
@@ -60,9 +59,9 @@ def _backward(options, saved, cotangents):
   rows, o_BGNK, lse_BGN, index_lse_BT, selection = saved
   do_BGNK, _, dkl_BT, _ = cotangents
   delta_BGN = (do_BGNK.astype(jnp.float32) * o_BGNK.astype(jnp.float32)).sum(-1)
-  backward = backward_one if is_small(rows) else chunks.backward
-  grads = tiles.over_rows(functools.partial(backward, options),
-                          (rows, selection, index_lse_BT, lse_BGN, delta_BGN, do_BGNK, dkl_BT), elements(rows))
+  small, loop = shape(rows)
+  grads = tiles.over_rows(functools.partial(backward_one if small else chunks.backward, options),
+                          (rows, selection, index_lse_BT, lse_BGN, delta_BGN, do_BGNK, dkl_BT), loop)
   grads = [g.astype(x.dtype) for g, x in zip(grads, rows)]
   return Row(*grads, None, None, None, None), None
 

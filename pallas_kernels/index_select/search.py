@@ -83,16 +83,34 @@ def kth(score_PTS: jax.Array, order_PS: jax.Array, k: int) -> tuple[jax.Array, j
 def break_ties(score_PTS, order_PS, threshold_T, last_T, k, tied_T) -> jax.Array:
   """The order up to which scores equal to the threshold are kept; `last_T` where `tied_T` is False.
 
-  Bisection over orders; no step is taken when no row has more equal scores than places.
+  Bisection over the orders of equal scores. Rows in one tile go together; of long rows the tied ones one by one, since
+  they are few (a threshold of exactly 0) and a row fits into the cache.
   """
-  def step(state):
-    low_T, high_T = state             # too few are kept at `low`, enough at `high`
-    middle_T = halfway(low_T, high_T)
-    kept_T = count(lambda x_TS, order_S: kept(x_TS, order_S, threshold_T, middle_T), score_PTS, order_PS[:, None])
-    return jnp.where(kept_T < k, middle_T, low_T), jnp.where(kept_T < k, high_T, middle_T)
+  places_T = k - count(lambda x_TS: x_TS > threshold_T[:, None], score_PTS)
 
-  low_T = jnp.where(tied_T, order_PS.min() - 1, last_T - 1)
-  return jax.lax.while_loop(lambda s: (s[1] - 1 > s[0]).any(), step, (low_T, last_T))[1]
+  def bisect(score_PTS, threshold_T, high_T, places_T, tied_T):
+    equal_PTS = jnp.where(score_PTS == threshold_T[:, None], order_PS[:, None], MAX_ORDER)
+
+    def step(state):
+      low_T, high_T = state           # too few are kept at `low`, enough at `high`
+      middle_T = halfway(low_T, high_T)
+      enough_T = count(lambda o_TS: o_TS <= middle_T[:, None], equal_PTS) >= places_T
+      return jnp.where(enough_T, low_T, middle_T), jnp.where(enough_T, middle_T, high_T)
+
+    low_T = jnp.where(tied_T, order_PS.min() - 1, high_T - 1)
+    return jax.lax.while_loop(lambda s: (s[1] - 1 > s[0]).any(), step, (low_T, high_T))[1]
+
+  if len(score_PTS) == 1:
+    return bisect(score_PTS, threshold_T, last_T, places_T, tied_T)
+
+  def one(state):
+    tied_T, last_T = state
+    t = jnp.argmax(tied_T)
+    cut = lambda x, axis=0: jax.lax.dynamic_slice_in_dim(x, t, 1, axis)
+    row = bisect(cut(score_PTS, 1), cut(threshold_T), cut(last_T), cut(places_T), cut(tied_T))
+    return tied_T.at[t].set(False), last_T.at[t].set(row[0])
+
+  return jax.lax.while_loop(lambda s: s[0].any(), one, (tied_T, last_T))[1]
 
 
 def kept(score_TS, order_S, threshold_T, last_T) -> jax.Array:

@@ -132,6 +132,7 @@ def index_select(iq_BTIJ, ik_BSJ, gate_BTI, q_segment_BT, k_segment_BS, q_order_
   S = ik_BSJ.shape[1]
   if topk >= S:
     return keep_all((B, T))
-  row = functools.partial(select_one if is_small(T, S) else select_tiles, topk)
+  small = is_small(T, S)
+  row = functools.partial(select_one if small else select_tiles, topk)
   return Selection(*tiles.over_rows(row, (iq_BTIJ.swapaxes(1, 2), ik_BSJ, gate_BTI, q_segment_BT, k_segment_BS,
-                                          q_order_BT, k_order_BS), I * T * S))
+                                          q_order_BT, k_order_BS), loop=not small or I * T * S >= tiles.MANY))

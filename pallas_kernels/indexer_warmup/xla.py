@@ -45,25 +45,25 @@ def _warmup(scale, rows: Row):
   return _forward(scale, rows)[0]
 
 
-def size(rows: Row):
-  """(queries, keys, attention logits) of a row."""
+def shape(rows: Row) -> tuple[bool, bool]:
+  """(is a row one tile, does the batch go in a loop)."""
   _, G, N, _ = rows.q_GNK.shape
-  T, S = rows.iq_ITJ.shape[2], rows.ik_SJ.shape[1]
-  return T, S, G * N * S
+  S = rows.ik_SJ.shape[1]
+  small = is_small(rows.iq_ITJ.shape[2], S)
+  return small, not small or G * N * S >= tiles.MANY
 
 
 def _forward(scale, rows: Row):
-  T, S, n = size(rows)
-  kl_BT, lse_BT = tiles.over_rows(functools.partial(forward_one if is_small(T, S) else forward_tiles, scale),
-                                  tuple(rows), n)
+  small, loop = shape(rows)
+  kl_BT, lse_BT = tiles.over_rows(functools.partial(forward_one if small else forward_tiles, scale), tuple(rows), loop)
   return kl_BT, (rows, lse_BT)
 
 
 def _backward(scale, saved, dkl_BT):
   rows, lse_BT = saved
-  T, S, n = size(rows)
-  grads = tiles.over_rows(functools.partial(backward_one if is_small(T, S) else backward_tiles, scale),
-                          (*rows, lse_BT, dkl_BT), n)
+  small, loop = shape(rows)
+  grads = tiles.over_rows(functools.partial(backward_one if small else backward_tiles, scale),
+                          (*rows, lse_BT, dkl_BT), loop)
   diq, dik, dgate = (g.astype(x.dtype) for g, x in zip(grads, (rows.iq_ITJ, rows.ik_SJ, rows.gate_TI)))
   return Row(None, None, None, diq, dik, dgate, None, None, None, None),
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dsa_attention import Selection, dsa_attention
+from pallas_kernels.dsa_attention import Selection, chunks, dsa_attention, union
 from pallas_kernels.mask import NEG_INF
 from tests.pallas_kernels import cases, independent, kinds
 from tests.tolerances import assert_close
@@ -105,6 +105,33 @@ class TestEveryImplementation:
     of_o, of_kl = (size(kinds.sparse(kind, TOPK)(case, *w)[0]) for w in ((1.0, 0.0), (0.0, 1.0)))
     assert min(of_o[:3]) > 0 and max(of_o[3:]) == 0
     assert max(of_kl[:3]) == 0 and min(of_kl[3:]) > 0
+
+
+class TestGathering:
+
+  @pytest.mark.parametrize('share', [0.0, 2.0])      # never gather, always gather
+  @pytest.mark.parametrize('size', [dict(T=24), dict(T=3), dict(T=24, B=1)])
+  def test_gathered_keys_give_the_answer_of_masked_ones(self, monkeypatch, share, size):
+    monkeypatch.setattr(chunks, 'GATHERED', share)
+    monkeypatch.setattr(union, 'GATHER', 8)
+    case = cases.make(12, **SIZE | dict(S=24) | size, layout='packed', shuffle=True).cast('float32')
+    case = case._replace(q_segment=case.q_segment.at[:, 1].set(77 << 8))
+    run = kinds.named('tiles', lambda *a, implementation: dsa_attention(*a, topk=TOPK, want_kl=False,
+                                                                        implementation=implementation))
+    out, want = jax.jit(run)(*case), kinds.sparse_values('reference', TOPK)(case, None)
+    assert equal_bits(out.selection, want.selection)
+    assert_close(out.o_BTHK, want.o_BTHK)
+    assert_close(out.lse_BTH, want.lse_BTH)
+
+  def test_the_nth_member_of_a_set(self):
+    rng = np.random.default_rng(0)
+    for share in (0.02, 0.5, 1.0):
+      flag = rng.random(100) < share
+      flag[99] = True
+      members = union.picks(jnp.asarray(flag))
+      assert int(members.end_W[-1]) == flag.sum()
+      found = np.asarray(union.nth(members, jnp.arange(120)))
+      assert (found[:flag.sum()] == np.flatnonzero(flag)).all()
 
 
 class TestTiledForm:
