@@ -30,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   forge.add_argument('--train', type=int, default=2000, help='training clips')
   forge.add_argument('--heldout', type=int, default=300, help='held-out clips')
   forge.add_argument('--images', type=int, default=4000, help='single pictures')
+  forge.add_argument('--brief', type=int, default=0, help='training clips of a few frames')
+  forge.add_argument('--text', type=int, default=0, help='transcripts with questions, without media')
   forge.add_argument('--seed', type=int, default=0)
   words = kinds.add_parser('tokenizer', help='train a small vocabulary; written beside the file')
   words.add_argument('--size', type=int, default=448, help='tokens, special ones included')
@@ -49,9 +51,10 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
     raise InputError(f'{config_args[0]}: there is no --config to override')
   match args.kind:
     case 'frameforge':
-      made = forge(args.out, args.train, args.heldout, args.images, args.seed)
+      made = forge(args.out, n_train=args.train, n_heldout=args.heldout, n_images=args.images, n_brief=args.brief,
+                   n_text=args.text, seed=args.seed)
       lines = [f'{args.out}/{kind}.jsonl: {made[kind]["rows"]} rows, {sum(made[kind]["questions"].values())} questions'
-               for kind in ('train', 'heldout', 'images')]
+               for kind in frameforge.KINDS]
     case 'tokenizer':
       words = tokenizer.train_bpe(sources.texts(args.data), args.size)
       made = {'files': words.save(pathlib.Path(args.data).parent), 'size': words.size}
@@ -71,12 +74,13 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   return 2 if made.get('unusable') else 0
 
 
-def forge(out: str, train: int, heldout: int, images: int, seed: int) -> dict:
+def forge(out: str, **made: int) -> dict:
+  """`frameforge.build` with a progress bar."""
   with tqdm(desc='frameforge', unit='file', leave=False) as bar:
     def progress(done: int, total: int) -> None:
       bar.total = total
       bar.update(done - bar.n)
-    return frameforge.build(out, train, heldout, images, seed, progress=progress)
+    return frameforge.build(out, **made, progress=progress)
 
 
 def check(path: str, config) -> dict:

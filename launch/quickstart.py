@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   clear(out)
   stages = {name: recipe.stage(name, str(out)) for name in recipe.STAGES}
   try:
-    clock, evaluated = main(out, stages, recipe.CLIPS, recipe.MIXED_IMAGES, recipe.VOCAB)
+    clock, evaluated = main(out, stages, recipe.CLIPS, recipe.MIXED, recipe.VOCAB)
   except Stopped as e:
     print(f'stopped by signal {e}', file=sys.stderr)
     return 130
@@ -125,10 +125,15 @@ def clear(out: pathlib.Path) -> None:
 
 
 def build(data: pathlib.Path, clips: dict[str, int], mixed: int, vocab: int) -> None:
-  """Clips and pictures, the mixture that the video stages learn from, and a tokenizer of the training text."""
+  """Clips, pictures and transcripts, the mixtures that the stages learn from, and a tokenizer of the training text.
+
+  start.jsonl: all pictures and brief clips; clips.jsonl: all clips, and `mixed` pictures and brief clips each.
+  """
   made = frameforge.build(data, **clips)
-  rows = (data / 'train.jsonl').read_text().splitlines() + (data / 'images.jsonl').read_text().splitlines()[:mixed]
-  (data / 'clips.jsonl').write_text('\n'.join(rows) + '\n')
+  rows = {kind: (data / f'{kind}.jsonl').read_text().splitlines() for kind in ('train', 'images', 'brief')}
+  for name, mixture in (('start', rows['images'] + rows['brief']),
+                        ('clips', rows['train'] + rows['images'][:mixed] + rows['brief'][:mixed])):
+    (data / f'{name}.jsonl').write_text('\n'.join(mixture) + '\n')
   words = tokenizer.train_bpe(sources.texts(data / 'train.jsonl'), vocab)
   words.save(data)
   for split in ('train', 'heldout'):

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 HALF = 0.5                     # seconds
-LENGTHS = range(11, 17)        # of a clip; four slots of two and three gaps need eleven
+LENGTHS = range(8, 15)         # of a clip
+BRIEF_LENGTHS = range(4, 7)    # of a clip to begin with
 SLOTS = (2, 3, 4)
 PAIR_SHARE = 0.25              # of clips: those with two digits at once
 ALONE, LEFT, RIGHT = range(3)  # where on the screen
@@ -41,10 +42,19 @@ class Script(NamedTuple):
 
 def write(rng: np.random.Generator) -> Script:
   """A clip with its questions. An event lasts 10-25% of the clip."""
-  length = int(rng.choice(LENGTHS))
-  if rng.random() < PAIR_SHARE:
-    return _pair_clip(rng, length)
-  return _sequence_clip(rng, length)
+  paired = rng.random() < PAIR_SHARE
+  count = int(rng.choice(SLOTS[:-1] if paired else SLOTS))
+  # Events of two half seconds, and one between them, must fit.
+  length = int(rng.choice([n for n in LENGTHS if n >= 3 * count - 1]))
+  times = slots(rng, length, count, 2, length // 4)
+  return (_pair_clip if paired else _sequence_clip)(rng, length, times)
+
+
+def write_brief(rng: np.random.Generator) -> Script:
+  """A clip of a few frames to begin with: two or three digits, one after the other."""
+  count = int(rng.choice(SLOTS[:-1]))
+  length = int(rng.choice([n for n in BRIEF_LENGTHS if n >= 2 * count - 1]))
+  return _sequence_clip(rng, length, slots(rng, length, count, 1, 2))
 
 
 def write_still(rng: np.random.Generator) -> Script:
@@ -59,24 +69,33 @@ def write_still(rng: np.random.Generator) -> Script:
   return Script(1, events, (Question('digit', 'Which digits are shown?', answer),))
 
 
-def slots(rng: np.random.Generator, length: int, count: int) -> list[tuple[int, int]]:
-  """`count` stretches of 2 ... length/4 half seconds with gaps of at least one, uniform over all arrangements."""
-  size = rng.integers(2, length // 4 + 1, count)
+def transcript(plot: Script) -> str:
+  """What can be seen of a clip, in words: a line for each half second, "0.5: 7"; a picture is its digits alone."""
+  shown = [' and '.join(str(e.digit) for e in plot.events if e.start <= t < e.end) or 'none'
+           for t in range(plot.length)]
+  if plot.length == 1:
+    return shown[0] + '\n'
+  return ''.join(f'{t * HALF:.1f}: {digits}\n' for t, digits in enumerate(shown))
+
+
+def slots(rng: np.random.Generator, length: int, count: int, least: int, most: int) -> list[tuple[int, int]]:
+  """`count` stretches of `least` ... `most` half seconds, gaps of at least one, uniform over all arrangements."""
+  size = rng.integers(least, most + 1, count)
   free = length - size.sum() - (count - 1)
   if free < 0:
-    size, free = np.full(count, 2), length - 3 * count + 1
+    size, free = np.full(count, least), length - (least + 1) * count + 1
   before = np.sort(rng.choice(free + count, count, replace=False)) - np.arange(count)
   start = before + np.concatenate([[0], np.cumsum(size + 1)[:-1]])
   return [(int(s), int(s + n)) for s, n in zip(start, size)]
 
 
-def _sequence_clip(rng, length) -> Script:
+def _sequence_clip(rng, length, times) -> Script:
   """One digit at a time, at least two different ones; one of them may come twice or three times."""
-  count = int(rng.choice(SLOTS))
+  count = len(times)
   repeats = int(rng.integers(1, count))
   different = rng.permutation(10)
   shown = rng.permutation([different[0]] * repeats + list(different[1:count - repeats + 1])).tolist()
-  events = tuple(Event(d, *slot, ALONE) for d, slot in zip(shown, slots(rng, length, count)))
+  events = tuple(Event(d, *slot, ALONE) for d, slot in zip(shown, times))
   once = [e for e in events if shown.count(e.digit) == 1]
   once = [once[i] for i in rng.permutation(len(once))]
   absent = int(different[-1])
@@ -85,14 +104,14 @@ def _sequence_clip(rng, length) -> Script:
               Question('count', f'How many times does {asked} appear?', str(shown.count(asked))))
   questions = [
       how_many, _end(rng, events), _at(rng, events[rng.integers(count)]),
-      *(_when(e, events) for e in once[:3]), *(_order(*two) for two in (once[:2], once[1:3]) if len(two) == 2)]
+      *(_when(e, events) for e in once[:2]), *([_order(*once[:2])] if len(once) > 1 else [])]
   return _shuffled(rng, length, events, questions)
 
 
-def _pair_clip(rng, length) -> Script:
+def _pair_clip(rng, length, times) -> Script:
   """Two digits side by side in one slot, one digit in each other slot, all different."""
-  count = int(rng.choice((2, 3)))
-  times, pair = slots(rng, length, count), int(rng.integers(count))
+  count = len(times)
+  pair = int(rng.integers(count))
   different = rng.permutation(10).tolist()
   a, b, singles = different[0], different[1], different[2:count + 1]
   events = []

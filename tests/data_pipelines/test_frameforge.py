@@ -15,7 +15,7 @@ from data_pipelines.frameforge import material, render, script
 from keye_jax.evals import baselines
 from keye_jax.evals.scores import Question
 
-COUNTS = {'n_train': 5, 'n_heldout': 3, 'n_images': 4}
+COUNTS = {'n_train': 5, 'n_heldout': 3, 'n_images': 4, 'n_brief': 3, 'n_text': 12}
 SAMPLING = types.SimpleNamespace(fps=2.0, min_frames=2, frame_tokens_min=4, frame_tokens_max=4, video_tokens=184320,
                                  max_seconds=60)
 
@@ -79,7 +79,7 @@ def test_answers_follow_from_the_events(scripts):
 
 def test_events(scripts):
   for plot in scripts:
-    assert 11 <= plot.length <= 16
+    assert 8 <= plot.length <= 14
     for e in plot.events:
       assert 0 <= e.start < e.end <= plot.length and e.end - e.start >= 2
       assert 0.1 <= (e.end - e.start) / plot.length <= 0.25
@@ -88,6 +88,24 @@ def test_events(scripts):
     for q in (q for q in plot.questions if q.type == 'ground'):
       assert len({e.digit for e in plot.events}) >= 2 and q.interval not in q.others
       assert sorted([q.interval, *q.others]) == sorted(e.interval for e in plot.events)
+
+
+def test_brief_clips_and_their_transcripts():
+  for i in range(300):
+    plot = script.write_brief(np.random.default_rng(i))
+    screen, _ = simulate(plot)
+    assert 4 <= plot.length <= 6 and len(plot.events) in (2, 3)
+    for question in plot.questions:
+      assert solve(question, plot) == question.answer
+    lines = [line.split(': ') for line in script.transcript(plot).splitlines()]
+    assert [float(seconds) for seconds, _ in lines] == [t / 2 for t in range(plot.length)]
+    assert [set() if shown == 'none' else {int(shown)} for _, shown in lines] == screen
+
+
+def test_transcript_of_a_picture():
+  seen = {script.transcript(plot).strip(): plot.questions[0].answer
+          for plot in map(script.write_still, map(np.random.default_rng, range(200)))}
+  assert len(seen) > 40 and all(shown == answer for shown, answer in seen.items())
 
 
 def as_questions(plots):
@@ -123,7 +141,7 @@ def test_order_is_not_given_away_by_the_digits(scripts):
 
 def test_slots_are_uniform_over_all_arrangements():
   rng = np.random.default_rng(0)
-  found = collections.Counter(tuple(script.slots(rng, 9, 2)) for _ in range(15 * 400))     # length 9: all of size 2
+  found = collections.Counter(tuple(script.slots(rng, 9, 2, 2, 2)) for _ in range(15 * 400))
   assert len(found) == 15 and min(found.values()) > 300 and max(found.values()) < 500
 
 
@@ -186,7 +204,7 @@ def test_written_clips_show_the_drawn_frames(folder):
 
 
 def test_rows(folder):
-  for name in ('train', 'heldout', 'images'):
+  for name in frameforge.KINDS:
     assert sources.check(folder / f'{name}.jsonl') == COUNTS[f'n_{name}']
   for row in rows(folder, 'train'):
     n = len(row['branches'])
@@ -196,6 +214,10 @@ def test_rows(folder):
                                                                 row['interval'], row['others']):
       assert question['role'] == 'user' and answer == {'role': 'assistant', 'content': text}
       assert (interval is not None) == bool(others) == (kind == 'ground')
+  for row in rows(folder, 'brief'):
+    assert 4 <= len(video.load_video(folder / row['videos'][0], SAMPLING).frames_FHW3) == 2 * row['seconds'] <= 6
+  shown = [row['messages'][0]['content'] for row in rows(folder, 'text')]
+  assert any(text.startswith('0.0: ') for text in shown) and any(text.count('\n') == 1 for text in shown)
   for row in rows(folder, 'images'):
     with Image.open(folder / row['images'][0]) as picture:
       assert picture.size == (56, 56) and picture.mode == 'RGB'
@@ -206,7 +228,7 @@ def test_same_seed_same_bytes_whatever_the_processes_and_counts(folder, tmp_path
   seen = []
   report = frameforge.build(tmp_path / 'a', **COUNTS, processes=2, progress=lambda *at: seen.append(at))
   assert files(tmp_path / 'a') == files(folder)
-  assert report['train']['rows'] == 5 and seen[-1] == (12, 12)
+  assert report['train']['rows'] == 5 and seen[-1] == (27, 27)
   frameforge.build(tmp_path / 'b', n_train=2, n_heldout=1, n_images=1, processes=1)
   assert rows(tmp_path / 'b', 'train') == rows(folder, 'train')[:2]
   frameforge.build(tmp_path / 'c', n_train=2, n_heldout=1, n_images=1, seed=1, processes=1)

@@ -10,7 +10,7 @@ from keye_jax.config import RunConfig, freeze
 from keye_jax.evals.scores import Score
 from launch import quickstart, results
 
-CLIPS = dict(n_train=12, n_heldout=4, n_images=24, seed=0, processes=1)
+CLIPS = dict(n_train=12, n_heldout=4, n_images=24, n_brief=12, n_text=24, seed=0, processes=1)
 
 
 def small(name: str, runs: str) -> RunConfig:
@@ -71,7 +71,7 @@ def test_evidence_file(done, tmp_path, monkeypatch):
 @pytest.mark.parametrize('name', recipe.STAGES)
 def test_stages_are_configs(name):
   config = freeze(RunConfig, recipe.get_config(name))
-  assert config.model.text.indexer.topk * 4 <= 11 * 6 + 16      # the shortest clip with its question
+  assert config.model.text.indexer.topk * 4 <= 8 * 6 + 16      # the shortest clip with its question
   assert config.data.grey == (name == 'blind')
 
 
