@@ -34,7 +34,7 @@ RUNS = 'runs/quickstart'
 STAGES = ('text', 'images', 'video', 'indexer', 'sparse', 'blind')
 # Arguments of frameforge.build.
 CLIPS = dict(n_train=3000, n_heldout=150, n_images=3000, n_brief=3000, n_text=6000, seed=0)
-MIXED = 600              # pictures, and as many brief clips, that stay in the mix while clips are learnt
+MIXED = dict(images=300, brief=2000)     # what stays in the mix while clips are learnt
 VOCAB = 448              # at most, of the tokenizer trained on the task's own text
 
 MODEL = ModelConfig(
@@ -74,11 +74,11 @@ def stage(name: str, runs: str = RUNS) -> RunConfig:
       return run('text', data=dict(path=f'{runs}/data/start.jsonl', tokens=144, vision_rows=8), steps=250, batch=16,
                  freeze=('layers', 'embed', 'norm'))
     case 'video':
-      return run('images', optimizer=dict(learning_rate=2e-3), steps=500)
+      return run('images', optimizer=dict(learning_rate=2e-3, final_fraction=0.1, warmup_steps=60), steps=450)
     case 'indexer':
-      return run('video', 'warmup', optimizer=dict(learning_rate=6e-4, final_fraction=0.7), steps=100)
+      return run('video', 'warmup', optimizer=dict(learning_rate=3e-4, final_fraction=1.0), steps=100)
     case 'sparse':
-      return run('indexer', 'sparse', optimizer=dict(learning_rate=5e-4, final_fraction=0.05), steps=150)
+      return run('indexer', 'sparse', optimizer=dict(learning_rate=5e-4, final_fraction=0.05), steps=200)
     case 'blind':
       return run('text', data=dict(grey=True), optimizer=dict(learning_rate=2e-3, final_fraction=0.05), steps=150)
   raise ValueError(f'configs/quickstart.py has no variant {name!r}; there are {", ".join(STAGES)}')

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   return 1 if missed else 0
 
 
-def main(out: pathlib.Path, stages: dict[str, RunConfig], clips: dict[str, int], mixed: int,
+def main(out: pathlib.Path, stages: dict[str, RunConfig], clips: dict[str, int], mixed: dict[str, int],
          vocab: int) -> tuple[Clock, Evaluated]:
   """The job itself; everything it makes lies in `out`."""
   clock, data = Clock(), out / 'data'
@@ -124,15 +124,15 @@ def clear(out: pathlib.Path) -> None:
   out.mkdir(parents=True)
 
 
-def build(data: pathlib.Path, clips: dict[str, int], mixed: int, vocab: int) -> None:
+def build(data: pathlib.Path, clips: dict[str, int], mixed: dict[str, int], vocab: int) -> None:
   """Clips, pictures and transcripts, the mixtures that the stages learn from, and a tokenizer of the training text.
 
-  start.jsonl: all pictures and brief clips; clips.jsonl: all clips, and `mixed` pictures and brief clips each.
+  start.jsonl: all pictures and brief clips; clips.jsonl: all clips, and the first `mixed` of either.
   """
   made = frameforge.build(data, **clips)
   rows = {kind: (data / f'{kind}.jsonl').read_text().splitlines() for kind in ('train', 'images', 'brief')}
   for name, mixture in (('start', rows['images'] + rows['brief']),
-                        ('clips', rows['train'] + rows['images'][:mixed] + rows['brief'][:mixed])):
+                        ('clips', rows['train'] + [row for kind, n in mixed.items() for row in rows[kind][:n]])):
     (data / f'{name}.jsonl').write_text('\n'.join(mixture) + '\n')
   words = tokenizer.train_bpe(sources.texts(data / 'train.jsonl'), vocab)
   words.save(data)

@@ -27,7 +27,7 @@ def small(name: str, runs: str) -> RunConfig:
 def done(tmp_path_factory):
   out = tmp_path_factory.mktemp('quickstart')
   stages = {name: small(name, str(out)) for name in recipe.STAGES}
-  clock, evaluated = quickstart.main(out, stages, CLIPS, 8, recipe.VOCAB)
+  clock, evaluated = quickstart.main(out, stages, CLIPS, dict(images=8, brief=8), recipe.VOCAB)
   return out, clock, evaluated
 
 
