@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from data_pipelines.errors import InputError
-from launch import bench_rounds
+from launch import bench_rounds, results
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -161,7 +161,7 @@ def record(tasks, found, dsa, args, peer_versions: dict) -> dict:
          (f'below the floor: {", ".join(short)}' if short else 'every ratio of medians is at or above its floor'))
   flat = lambda rates: {f'{name}, {k} tokens/s': v for name, both in rates.items() for k, v in both.items()}
   return {
-      'claim': CLAIM, 'command': ' '.join(['keye', *sys.argv[1:]]), 'commit': commit(), 'hardware': hardware(),
+      'claim': CLAIM, 'command': results.command(sys.argv[1:]), 'commit': commit(), 'hardware': hardware(),
       'versions': versions() | peer_versions, 'n': args.rounds,
       'baselines': {k: flat(v) for k, v in sides.items() if k != 'keye_jax'},
       'arms': {k: {'0': flat(v)} for k, v in sides.items() if k == 'keye_jax'},

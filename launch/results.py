@@ -6,7 +6,7 @@ import pathlib
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 FOLDER = pathlib.Path(__file__).parent.parent / 'docs' / 'results'
@@ -21,7 +21,7 @@ def record(name: str, claim: str, n: int, baselines: Mapping[str, Any], arms: Ma
 
   baselines: {name: {metric: value}}; arms: {arm: {seed: {metric: value}}}; intervals: {arm: {metric: [low, high]}}.
   """
-  content = {'claim': claim, 'command': ' '.join(['keye', *sys.argv[1:]]), 'commit': commit(), 'hardware': hardware(),
+  content = {'claim': claim, 'command': command(sys.argv[1:]), 'commit': commit(), 'hardware': hardware(),
              'versions': versions(), 'n': n, 'baselines': baselines, 'arms': arms, 'intervals': intervals,
              'verdict': 'not shown' if why_not else 'shown', 'why': why_not, **more}
   FOLDER.mkdir(parents=True, exist_ok=True)
@@ -51,6 +51,12 @@ def refresh_readme() -> None:
   text = README.read_text(encoding='utf-8')
   before, rest = text.split(START)
   README.write_text(f'{before}{START}\n{readme_block(said)}\n{END}{rest.split(END)[1]}', encoding='utf-8')
+
+
+def command(arguments: Sequence[str]) -> str:
+  """What to type, without the folders of this machine: of an absolute path its last name stays."""
+  short = lambda word: pathlib.PurePath(word).name if pathlib.PurePath(word).is_absolute() else word
+  return ' '.join(['keye', *('='.join(map(short, word.split('='))) for word in arguments)])
 
 
 def commit() -> str:

@@ -68,6 +68,12 @@ def test_evidence_file(done, tmp_path, monkeypatch):
   assert f'| sparse | {said["arms"]["sparse"]["0"]["accuracy/count"]:.2f} |' in text and 'not shown' in text
 
 
+def test_recorded_command_names_no_folder_of_this_machine():
+  said = results.command(['train', '--out', '/home/me/run', '--config.data.path=/data/a.jsonl', '--config',
+                          'configs/a.py'])
+  assert said == 'keye train --out run --config.data.path=a.jsonl --config configs/a.py'
+
+
 @pytest.mark.parametrize('name', recipe.STAGES)
 def test_stages_are_configs(name):
   config = freeze(RunConfig, recipe.get_config(name))
