@@ -11,10 +11,10 @@ also train by itself once the data lie in runs/quickstart/data:
     sparse   clips with sparse attention
     blind    video with grey frames, from the same language model: what can be had from the questions alone
 
-Without the first two stages, 12,000 clips taught the model what is shown when, but not to look for the digit that was
-asked about: that the digit in a question and the one in a frame are the same is far easier to learn among words, and a
-frozen language model hands it on. Eight heads learn it in half the steps of four. Muon needs about half the steps of
-AdamW. A row holds one clip with all its questions.
+Without the text stage, 12,000 clips taught the model what is shown when, but not to look for the digit that was asked
+about. That the digit in a question and the one in a frame are the same is far easier to learn among words, and a frozen
+language model hands it on, so far in part (docs/main_job.md). Eight heads learn it in half the steps of four. Muon
+needs about half the steps of AdamW. A row holds one clip with all its questions.
 """
 import dataclasses
 
