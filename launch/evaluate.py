@@ -1,4 +1,4 @@
-"""`keye evaluate`: a model's answers to the questions of a JSONL file, scored beside trivial baselines.
+"""`keye evaluate`: a model's answers to the questions of a file, scored beside trivial baselines.
 
 Greedy decoding, the questions of a clip sharing one reading of it. Rows as in data_pipelines/sources.py; besides, a row
 may carry "type" (what to score together), "interval" and "others" (seconds of the asked event and of the clip's other
@@ -33,8 +33,8 @@ class Answered(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--model', required=True, help='folder of an export, or of a run')
-  parser.add_argument('--data', required=True, help='JSONL file of held-out questions')
-  parser.add_argument('--train', default='', help='JSONL file of training questions: adds the majority baseline')
+  parser.add_argument('--data', required=True, help='file of held-out questions')
+  parser.add_argument('--train', default='', help='file of training questions: adds the majority baseline')
   parser.add_argument('--attention', choices=('dense', 'sparse'), help='default: what the model was saved with')
   parser.add_argument('--batch', type=int, default=16, help='rows (clips) answered together')
   parser.add_argument('--tokens', type=int, default=16, help='most tokens of an answer')

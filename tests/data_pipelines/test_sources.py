@@ -45,9 +45,9 @@ def without(**changes):
 @pytest.mark.parametrize('row, reason, message', [
     ('{"messages": [\n', 'bad JSON', 'not valid JSON'),
     ('[1]\n', 'bad JSON', 'must be a JSON object, not list'),
-    (without(images='a.png'), 'bad row', '"images" must be a list of paths'),
+    (without(images=3), 'bad row', '"images": images are named by their paths'),
     (without(videos=['b.mp4', 'no.mp4']), 'missing media', "video 'no.mp4' does not exist"),
-    (without(messages=None), 'bad row', 'no "messages"'),
+    (without(messages=None), 'bad row', 'no "messages", and no other form'),
     (without(branches={}), 'bad row', '"branches" must be a list'),
     (without(branches=[GOOD['branches'][0], []]), 'bad messages', 'a branch is empty'),
     (without(videos=['b.mp4']), 'bad messages', 'branch 0: message 0 has a <video> marker but no video is left'),
