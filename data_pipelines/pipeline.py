@@ -147,20 +147,28 @@ class Load:
       example = self.example(i)
       if why := packing.misfit(example, self.shape):
         raise sources.BadRow('too long', f'{example.source}: {why}')
-    except InputError as e:
-      message = str(e) if str(e).startswith(str(self.rows.path)) else f'{self.rows.where(i)}: {e}'
+    except sources.BadRow as e:
       if self.strict:
-        raise InputError(message) from None
-      return Skip(getattr(e, 'reason', 'media'), message)
+        raise
+      return Skip(e.reason, str(e))
     self._cache.put(i, example)
     return example
 
   def example(self, i: int) -> Example:
-    """The training sample of row i. Raises InputError."""
-    row, args = self.rows[i], (self.data, self.patch, self.merge)
-    example = chat.tokenize(load_media(row.trunk, *args), self.tokenizer, [load_media(b, *args) for b in row.branches],
-                            self.patch, self.merge, row.source)
-    return _grey(example) if self.data.grey else example
+    """The training sample of row i. Raises BadRow."""
+    return self.read(i)[0]
+
+  def read(self, i: int) -> tuple[Example, list[chat.Turn]]:
+    """The training sample of row i, and its turns with their media. Raises BadRow that names file and row."""
+    args = self.data, self.patch, self.merge
+    try:
+      row = self.rows[i]
+      trunk, *branches = [load_media(turns, *args) for turns in (row.trunk, *row.branches)]
+      example = chat.tokenize(trunk, self.tokenizer, branches, self.patch, self.merge, row.source)
+    except InputError as e:
+      message = str(e) if str(e).startswith(str(self.rows.path)) else f'{self.rows.where(i)}: {e}'
+      raise sources.BadRow(getattr(e, 'reason', 'media'), message) from None
+    return _grey(example) if self.data.grey else example, [turn for turns in (trunk, *branches) for turn in turns]
 
 
 class Batches:

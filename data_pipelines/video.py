@@ -47,6 +47,7 @@ class Clip(NamedTuple):
   frames_FHW3: np.ndarray     # uint8
   seconds_F: np.ndarray       # float64, time of each frame since the file's first frame
   source: str
+  duration: float = 0.0       # seconds of the whole file, to the end of its last frame
 
 
 def probe(path: str | os.PathLike, max_seconds: float = math.inf) -> VideoInfo:
@@ -109,7 +110,7 @@ def load_video(path: str | os.PathLike, data, factor: int = 28, adaptive: Adapti
   seconds_F = (pts_F - times.pts_N[0]) * float(times.time_base)
   if len(good) < len(index_F):
     frames_FHW3, seconds_F = frames_FHW3[good], seconds_F[good]
-  return Clip(frames_FHW3, seconds_F, str(path))
+  return Clip(frames_FHW3, seconds_F, str(path), times.seconds)
 
 
 def _sample(seconds, frames, fps, min_frames, frame_tokens_min, video_tokens) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The command line: `keye COMMAND ...`. A command's module is imported when it is called, not before.
 
-Exit codes: 0 done; 1 a bug (with its traceback); 2 wrong input (one line on stderr that says what and where);
-130 and 143 ended by SIGINT and SIGTERM, after `keye train` has saved.
+Exit codes: 0 done; 1 a check that failed, or a bug (with its traceback); 2 wrong input (one line on stderr that says
+what and where); 130 and 143 ended by SIGINT and SIGTERM, after `keye train` has saved.
 """
 import argparse
 import difflib

@@ -2,22 +2,21 @@
 
     keye data frameforge --out DIR                  real clips with events whose answers are known exactly
     keye data tokenizer --data rows.jsonl           trains a small vocabulary on its text, for tiny models
-    keye data check --data rows.jsonl               reads every row and every medium, lists what cannot be used
+    keye data check rows.jsonl                      reads every row and every medium, lists what cannot be used
+    keye data stats rows.jsonl --plot a.png         lengths, durations and kinds, also as a picture
     keye data sheet --data rows.jsonl --out a.png   one FrameForge clip with its questions, as a picture
 """
 import argparse
-import collections
-import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 
-import numpy as np
 from tqdm import tqdm
 
-from data_pipelines import frameforge, pipeline, sources, tokenizer
+from data_pipelines import frameforge, sources, tokenizer
 from data_pipelines.errors import InputError
-from keye_jax.config import DataConfig
+from launch import data_check, data_plot
 from launch.run_config import HELP, load
 
 SHOWN = 20      # unusable rows that are printed
@@ -35,14 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   forge.add_argument('--seed', type=int, default=0)
   words = kinds.add_parser('tokenizer', help='train a small vocabulary; written beside the file')
   words.add_argument('--size', type=int, default=448, help='tokens, special ones included')
-  check = kinds.add_parser('check', help='read every row and medium')
-  check.add_argument('--config', default='', help=f'also check against the shapes of a run: {HELP}')
+  check = kinds.add_parser('check', help='read every row and medium; exit code 1 when one cannot be used')
+  stats = kinds.add_parser('stats', help='lengths, durations and kinds of the rows')
+  stats.add_argument('--plot', default='', help='PNG file with the histograms')
+  for kind in (check, stats):
+    kind.add_argument('file', help='file of rows')
+    kind.add_argument('--config', default='', help=f'with the sampling and shapes of a run: {HELP}')
+    kind.add_argument('--workers', type=int, default=os.cpu_count(), help='processes; default: one a core')
   sheet = kinds.add_parser('sheet', help='draw one clip of a FrameForge file')
   sheet.add_argument('--row', type=int, default=0, help='which, from 0')
   sheet.add_argument('--out', required=True, help='PNG file')
-  for kind in (words, check, sheet):
-    kind.add_argument('--data', required=True, help='JSONL file')
-  for kind in (forge, words, check):
+  for kind in (words, sheet):
+    kind.add_argument('--data', required=True, help='file of rows')
+  for kind in (forge, words, check, stats):
     kind.add_argument('--json', action='store_true', help='one JSON object on stdout')
 
 
@@ -59,11 +63,15 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
       words = tokenizer.train_bpe(sources.texts(args.data), args.size)
       made = {'files': words.save(pathlib.Path(args.data).parent), 'size': words.size}
       lines = [f'{made["size"]} tokens: {", ".join(made["files"])}']
-    case 'check':
+    case 'check' | 'stats':
       config = load(args.config, config_args) if args.config else None
-      made = check(args.data, config)
-      lines = [f'{name}: {value}' for name, value in made.items() if name != 'unusable']
-      lines += made['unusable'][:SHOWN]
+      made, lines = data_check.check(args.file, config, args.workers), []
+      if getattr(args, 'plot', ''):
+        data_plot.draw(made, args.plot)
+        lines = [args.plot]
+      lines = data_check.lines(made) + (made['unusable'][:SHOWN] if args.kind == 'check' else []) + lines
+      if (more := len(made['unusable']) - SHOWN) > 0 and args.kind == 'check':
+        lines.append(f'and {more} more; --json lists all')
     case 'sheet':
       rows = sources.Rows(args.data)
       if not 0 <= args.row < len(rows):
@@ -71,7 +79,7 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
       frameforge.contact_sheet(rows.raw(args.row), rows.path.parent, args.out)
       made, lines = {}, [args.out]
   print(json.dumps(made) if getattr(args, 'json', False) else '\n'.join(lines))
-  return 2 if made.get('unusable') else 0
+  return 1 if args.kind == 'check' and made['unusable'] else 0
 
 
 def forge(out: str, **made: int) -> dict:
@@ -81,23 +89,3 @@ def forge(out: str, **made: int) -> dict:
       bar.total = total
       bar.update(done - bar.n)
     return frameforge.build(out, **made, progress=progress)
-
-
-def check(path: str, config) -> dict:
-  """Loads every row as training would: {'rows', 'usable', 'tokens', 'patches', 'reasons', 'unusable'}."""
-  data, patch, merge = DataConfig(path=path, tokens=1 << 40, vision_rows=1, vision_patches=1 << 40), 14, 2
-  if config:
-    vision = config.model.vision
-    data, patch, merge = dataclasses.replace(config.data, path=path), vision.patch, vision.merge
-  load_row = pipeline.Load(data, patch, merge, strict=False)
-  tokens, patches, skips = [], [], []
-  for i in tqdm(range(len(load_row.rows)), 'rows', unit='row', leave=False):
-    found = load_row(i)
-    if isinstance(found, pipeline.Skip):
-      skips.append(found)
-    else:
-      tokens.append(len(found.token_T))
-      patches.append(len(found.patch_PC))
-  spread = lambda n: {'least': int(min(n)), 'mean': round(float(np.mean(n)), 1), 'most': int(max(n))} if n else {}
-  return {'rows': len(load_row.rows), 'usable': len(tokens), 'tokens': spread(tokens), 'patches': spread(patches),
-          'reasons': dict(collections.Counter(s.reason for s in skips)), 'unusable': [s.message for s in skips]}
