@@ -4,6 +4,7 @@
     keye data tokenizer --data rows.jsonl           trains a small vocabulary on its text, for tiny models
     keye data check rows.jsonl                      reads every row and every medium, lists what cannot be used
     keye data stats rows.jsonl --plot a.png         lengths, durations and kinds, also as a picture
+    keye data import --format charades-sta charades_sta_test.txt --videos DIR --out rows.jsonl
     keye data sheet --data rows.jsonl --out a.png   one FrameForge clip with its questions, as a picture
 """
 import argparse
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from data_pipelines import frameforge, sources, tokenizer
+from data_pipelines import annotations, frameforge, sources, tokenizer
 from data_pipelines.errors import InputError
 from launch import data_check, data_plot
 from launch.run_config import HELP, load
@@ -41,12 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind.add_argument('file', help='file of rows')
     kind.add_argument('--config', default='', help=f'with the sampling and shapes of a run: {HELP}')
     kind.add_argument('--workers', type=int, default=os.cpu_count(), help='processes; default: one a core')
+  bring = kinds.add_parser('import', help='turn the annotations of a public dataset into rows')
+  bring.add_argument('file', help='the annotation file as published')
+  bring.add_argument('--format', required=True, choices=annotations.FORMATS)
+  bring.add_argument('--videos', required=True, help='folder with the videos, or folders of them')
+  bring.add_argument('--out', required=True, help='JSONL file to write')
   sheet = kinds.add_parser('sheet', help='draw one clip of a FrameForge file')
   sheet.add_argument('--row', type=int, default=0, help='which, from 0')
   sheet.add_argument('--out', required=True, help='PNG file')
   for kind in (words, sheet):
     kind.add_argument('--data', required=True, help='file of rows')
-  for kind in (forge, words, check, stats):
+  for kind in (forge, words, check, stats, bring):
     kind.add_argument('--json', action='store_true', help='one JSON object on stdout')
 
 
@@ -72,6 +78,14 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
       lines = data_check.lines(made) + (made['unusable'][:SHOWN] if args.kind == 'check' else []) + lines
       if (more := len(made['unusable']) - SHOWN) > 0 and args.kind == 'check':
         lines.append(f'and {more} more; --json lists all')
+    case 'import':
+      made = bring(args.format, args.file, args.videos, args.out)
+      lines = [f'{args.out}: {made["rows"]} rows, {made["questions"]} questions']
+      if made['missing']:
+        lines.append(f'{len(made["missing"])} videos are not in {args.videos}: {", ".join(made["missing"][:SHOWN])}')
+      lines += made['unusable'][:SHOWN]
+      if len(made['unusable']) > SHOWN or len(made['missing']) > SHOWN:
+        lines.append('--json lists all')
     case 'sheet':
       rows = sources.Rows(args.data)
       if not 0 <= args.row < len(rows):
@@ -89,3 +103,24 @@ def forge(out: str, **made: int) -> dict:
       bar.total = total
       bar.update(done - bar.n)
     return frameforge.build(out, **made, progress=progress)
+
+
+def bring(name: str, file: str, videos: str, out: str) -> dict:
+  """Writes the rows of an annotation file: {'rows', 'questions', 'missing': videos that are not there, 'unusable'}.
+
+  Paths are relative to the file written where the videos lie below it. Raises InputError when nothing can be written.
+  """
+  found = list(annotations.read(name, file))
+  asked = [one for one in found if not isinstance(one, str)]
+  path, here = pathlib.Path(out), pathlib.Path(out).resolve().parent
+  there = {stem: pathlib.Path(v).resolve() for stem, v in annotations.find_videos(videos).items()}
+  names = {stem: str(v.relative_to(here) if v.is_relative_to(here) else v) for stem, v in there.items()}
+  rows = list(annotations.rows(asked, names))
+  if not rows:
+    raise InputError(f'{videos}: holds none of the {len({one.video for one in asked})} videos that {file} asks about, '
+                     f'such as {asked[0].video if asked else "(none)"}.mp4')
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows), 'utf-8')
+  return {'rows': len(rows), 'questions': sum(len(row['branches']) for row in rows),
+          'missing': [v for v in dict.fromkeys(one.video for one in asked) if v not in names],
+          'unusable': [one for one in found if isinstance(one, str)]}
