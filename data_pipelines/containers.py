@@ -7,6 +7,7 @@ import fractions
 import itertools
 import math
 import os
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,10 +17,12 @@ from av.stream import Disposition
 
 from data_pipelines.errors import InputError
 
+REORDER = 16              # frames by which the order of storing may differ from that of showing
 SEEK_FRAMES = 16          # a seek that saves fewer frames than this costs more than decoding them
 THREADS_FROM = 640 * 480  # pixels of a frame, from which decoding in several threads pays
 # What reading a damaged file raises; IndexError when a transport stream announces streams in its middle.
 DAMAGE = (av.FFmpegError, IndexError)
+NOT_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails
 # Titles and the like that are not UTF-8 are no reason to refuse a file: PyAV 18 must be told, 19 knows.
 _TEXT = {'metadata_errors': 'replace'} if int(av.__version__.split('.')[0]) < 19 else {}
 
@@ -31,97 +34,133 @@ class Times(NamedTuple):
   time_base: fractions.Fraction
   seconds: float          # from the first frame to the end of the last
   counted: bool           # the container has no times: frames were counted, pts_N is 0, 1, 2, ...
+  aspect: float = 1.0     # width over height of a pixel
 
   @property
   def fps(self) -> float:
     return len(self.pts_N) / self.seconds
 
 
-@contextlib.contextmanager
-def opened(path: str | os.PathLike):
-  """(container, first video stream), closed at the end. Cover pictures of audio files are not video streams.
+class Limits(NamedTuple):
+  """What reading one file may cost; the names of the config's keys are those under data."""
+  max_seconds: float = math.inf          # of video
+  max_mb: float = math.inf               # MiB of file
+  max_pixels: float = math.inf           # of a frame as stored
+  max_decode_seconds: float = math.inf
+  deadline: float = math.inf             # by time.monotonic()
 
-  Raises InputError naming the file when it is missing, empty, not a media file or has no video stream.
+  def started(self) -> 'Limits':
+    """With the time for decoding running from now."""
+    return self._replace(deadline=time.monotonic() + self.max_decode_seconds)
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike, limits: Limits = Limits()):         # noqa: B008 (immutable)
+  """(container, first video stream), closed at the end. Cover pictures of audio files and the thumbnails of a player's
+  bar are not video streams.
+
+  Raises InputError naming the file when it is missing, empty, not a media file, has no video stream or is beyond the
+  limits on size and pixels.
   """
   if not os.path.isfile(path):
     raise InputError(f'{path}: no such video file')
   if not os.path.getsize(path):
     raise InputError(f'{path}: the video file is empty')
+  if (megabytes := os.path.getsize(path) >> 20) > limits.max_mb:
+    raise InputError(f'{path}: {megabytes} MiB, at most {limits.max_mb} are allowed (data.max_mb)')
+  # A header may announce any size: a decoder that was told a limit does not allocate beyond it.
+  pixels = {'max_pixels': str(int(limits.max_pixels))} if math.isfinite(limits.max_pixels) else {}
   try:
     # An absolute path and this option keep a name or a playlist from opening anything but files.
-    container = av.open(os.path.abspath(path), options={'protocol_whitelist': 'file'}, **_TEXT)
+    container = av.open(os.path.abspath(path), options={'protocol_whitelist': 'file', **pixels}, **_TEXT)
   except (av.FFmpegError, OSError) as e:
     raise InputError(f'{path}: not a readable video, damaged or truncated ({_reason(e)})') from None
   with container:
-    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    streams = [s for s in container.streams.video if not s.disposition & NOT_VIDEO]
     if not streams:
       raise InputError(f'{path}: no video stream' + (', only audio' if container.streams.audio else ''))
     if streams[0].codec_context is None:
       raise InputError(f'{path}: no decoder for the video stream')
+    codec = streams[0].codec_context
+    if codec.width * codec.height > limits.max_pixels:
+      raise InputError(f'{path}: frames of {codec.width}x{codec.height} pixels, at most {limits.max_pixels} pixels are '
+                       'allowed (data.max_pixels)')
+    codec.options = codec.options | pixels
     yield container, streams[0]
 
 
-def read_times(path: str | os.PathLike, max_seconds: float = math.inf) -> Times:
+def read_times(path: str | os.PathLike, limits: Limits = Limits()) -> Times:         # noqa: B008 (immutable)
   """Reads all packets of the video stream, decoding nothing, or counts frames by decoding when packets have no times.
 
-  Raises InputError as `opened`, and when the stream has no frames, is longer than `max_seconds`, or when less than half
-  of what the header announces is there.
+  Raises InputError as `opened`, and when the stream has no frames, is longer than allowed, takes longer to read, or
+  when less than half of what the header announces is there.
   """
-  with opened(path) as (container, stream):
-    declared = _declared(stream)
-    _check_length(path, declared, max_seconds)
+  with opened(path, limits) as (container, stream):
+    declared, aspect = _declared(stream), float(stream.sample_aspect_ratio or 1)
+    _check_length(path, declared, limits)
     packets, shown, dts = 0, [], []
     with contextlib.suppress(*DAMAGE):               # what comes before it counts
       for packet in container.demux(stream):
+        _check_time(path, limits)
         if packet.size:
           packets += 1
           dts.append(packet.dts)
           if not packet.is_discard:                  # cut away by an edit list
             shown.append((packet.pts, packet.duration or 0, packet.is_keyframe))
-    # AVI has no presentation times; those made up for it are wrong when frames are stored out of order. Recordings
-    # put together may begin anew in the middle.
-    timeless = (container.format.name == 'avi' and stream.codec_context.has_b_frames
-                or any(pts is None for pts, _, _ in shown)
-                or any(b < a for a, b in itertools.pairwise(t for t in dts if t is not None)))
+    # AVI has no presentation times; those made up for it are wrong when frames are stored out of order.
+    reorders = stream.codec_context.has_b_frames
+    timeless = (container.format.name == 'avi' and reorders or any(pts is None for pts, _, _ in shown)
+                or _begins_anew([t for t in dts if t is not None]))
     frames, rate, time_base = stream.frames, stream.guessed_rate or stream.average_rate or 25, stream.time_base
   if 2 * packets < frames:
     raise InputError(f'{path}: truncated, only {packets} of {frames} frames are there; copy the file again')
   if timeless:
-    return _count(path, rate, max_seconds)
+    return _count(path, rate, limits)._replace(aspect=aspect)
   if not shown:
     raise InputError(f'{path}: the video stream has no frames')
   pts_N = np.unique(np.array([pts for pts, _, _ in shown], np.int64))
   key_K = np.unique(np.array([pts for pts, _, is_key in shown if is_key], np.int64))
+  if not reorders and any(b[0] < a[0] for a, b in itertools.pairwise(shown)):
+    key_K = key_K[:0]                                # a codec that keeps the order, stored in another: no seeking
   step = float(np.median(np.diff(pts_N))) if len(pts_N) > 1 else float(1 / (rate * time_base))
   seconds = float((pts_N[-1] - pts_N[0] + (max(shown)[1] or step)) * time_base)
   if declared > 2 * seconds and packets != frames:
     raise InputError(f'{path}: truncated, only {seconds:.1f} of {declared:.1f} seconds are there; copy the file again')
   if packets == frames:                              # complete: the last frame may be held longer than its packet says
     seconds = max(seconds, declared)
-  _check_length(path, seconds, max_seconds)
-  return Times(pts_N, key_K, time_base, seconds, False)
+  _check_length(path, seconds, limits)
+  return Times(pts_N, key_K, time_base, seconds, False, aspect)
 
 
-def decode(path: str | os.PathLike, times: Times, pts_F: np.ndarray) -> Iterator[tuple[int, av.VideoFrame]]:
-  """(index into pts_F, frame) for the wanted times, which must rise. Frames that cannot be decoded are left out."""
+def decode(path: str | os.PathLike, times: Times, pts_F: np.ndarray,
+           limits: Limits = Limits()) -> Iterator[tuple[int, av.VideoFrame]]:         # noqa: B008 (immutable)
+  """(index into pts_F, frame) for the wanted times, which must rise, in the order of the file.
+
+  Frames that cannot be decoded are left out. Raises InputError when it takes longer than allowed.
+  """
   place = {int(pts): i for i, pts in enumerate(pts_F)}
-  with opened(path) as (container, stream):
+  with opened(path, limits) as (container, stream):
     if stream.codec_context.width * stream.codec_context.height >= THREADS_FROM:
       stream.thread_type = 'AUTO'
     else:
       stream.codec_context.thread_count = 1
     if times.counted:
       for i, frame in enumerate(_decoded(container, stream)):
+        _check_time(path, limits)
         if i in place:
           yield place[i], frame
         if i >= pts_F[-1]:
           return
     for key, run_F in [] if times.counted else runs(times, pts_F):
       wanted = set(run_F.tolist())
+      # A frame that is not there by then does not come.
+      end = int(times.pts_N[min(np.searchsorted(times.pts_N, run_F[-1]) + REORDER, len(times.pts_N) - 1)])
       for frame in _from(container, stream, key, int(times.pts_N[0]), wanted):
+        _check_time(path, limits)
         if frame.pts in wanted:
+          wanted.discard(frame.pts)
           yield place[frame.pts], frame
-        if frame.pts is not None and frame.pts >= run_F[-1]:
+        if not wanted or frame.pts is not None and frame.pts > end:
           break
 
 
@@ -167,12 +206,21 @@ def _decoded(container, stream, wanted: set[int] | None = None) -> Iterator[av.V
       yield from frames
 
 
-def _count(path, rate, max_seconds) -> Times:
-  with opened(path) as (container, stream):
+def _begins_anew(dts_N: list[int]) -> bool:
+  """Whether times go back by more than storing frames out of order explains, as in recordings put together."""
+  if all(a <= b for a, b in itertools.pairwise(dts_N)):
+    return False
+  moved_N = np.argsort(dts_N, kind='stable') - np.arange(len(dts_N))
+  return len({*dts_N}) < len(dts_N) or np.abs(moved_N).max() > REORDER
+
+
+def _count(path, rate, limits) -> Times:
+  with opened(path, limits) as (container, stream):
     count = 0
     for _ in _decoded(container, stream):
       count += 1
-      _check_length(path, float(count / rate), max_seconds)
+      _check_time(path, limits)
+      _check_length(path, float(count / rate), limits)
   if not count:
     raise InputError(f'{path}: no frame of the video can be decoded')
   return Times(np.arange(count), np.zeros(1, np.int64), fractions.Fraction(1) / rate, float(count / rate), True)
@@ -189,9 +237,16 @@ def _declared(stream) -> float:
     return 0.0
 
 
-def _check_length(path, seconds, max_seconds):
-  if seconds > max_seconds:
-    raise InputError(f'{path}: {seconds:.0f} seconds of video, at most {max_seconds:.0f} are allowed; cut it')
+def _check_length(path, seconds, limits):
+  if seconds > limits.max_seconds:
+    raise InputError(f'{path}: {seconds:.0f} seconds of video, at most {limits.max_seconds:.0f} are allowed; cut it '
+                     '(data.max_seconds)')
+
+
+def _check_time(path, limits):
+  if time.monotonic() > limits.deadline:
+    raise InputError(f'{path}: not read within {limits.max_decode_seconds:g} s; encode it anew with smaller frames or '
+                     'more keyframes (data.max_decode_seconds)')
 
 
 def _reason(error) -> str:

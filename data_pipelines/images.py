@@ -39,15 +39,16 @@ def smart_resize(height: int, width: int, factor: int = 28, min_pixels: int = 4 
 
 
 def load_image(image: str | os.PathLike | bytes | np.ndarray, factor: int = 28, min_tokens: int = 4,
-               max_tokens: int = 20480) -> np.ndarray:
+               max_tokens: int = 20480, max_pixels: float = math.inf, max_mb: float = math.inf) -> np.ndarray:
   """A picture as uint8 [h, w, 3] of a size given by `smart_resize`, limits in tokens of factor x factor pixels.
 
   Takes a path, the bytes of a file, or uint8 pixels [h, w, 3], [h, w, 4] or [h, w]. A file's EXIF rotation is applied;
   transparent parts are laid over white; resizing is bicubic. Raises InputError, naming the file, when it is missing,
-  not an image, truncated, or of a pixel format without a defined range.
+  not an image, truncated, of a pixel format without a defined range, or when the file has more than `max_mb` MiB or
+  announces more than `max_pixels` pixels, before any is decoded.
   """
   name = 'image array' if isinstance(image, np.ndarray) else 'image bytes' if isinstance(image, bytes) else str(image)
-  picture = _from_array(image) if isinstance(image, np.ndarray) else _read(image, name)
+  picture = _from_array(image) if isinstance(image, np.ndarray) else _read(image, name, max_pixels, max_mb)
   try:
     h, w = smart_resize(picture.height, picture.width, factor, min_tokens * factor**2, max_tokens * factor**2)
   except InputError as e:
@@ -85,9 +86,14 @@ def _from_array(image: np.ndarray) -> Image.Image:
   return _rgb(Image.fromarray(image), 'image array')
 
 
-def _read(image: str | os.PathLike | bytes, name: str) -> Image.Image:
+def _read(image: str | os.PathLike | bytes, name: str, max_pixels: float, max_mb: float) -> Image.Image:
   try:
+    if (megabytes := (len(image) if isinstance(image, bytes) else os.path.getsize(image)) >> 20) > max_mb:
+      raise InputError(f'{name}: {megabytes} MiB, at most {max_mb} are allowed (data.max_mb)')
     with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+      if opened.width * opened.height > max_pixels:
+        raise InputError(f'{name}: {opened.width}x{opened.height} pixels, at most {max_pixels} are allowed '
+                         '(data.max_pixels)')
       return _rgb(ImageOps.exif_transpose(opened), name)
   except InputError:
     raise

@@ -89,7 +89,8 @@ def load_media(turns: list[chat.Turn], data, patch: int = 14, merge: int = 2) ->
   def resolve(kind, value):
     if kind == 'image':
       return kind, images.load_image(value, factor=patch * merge, min_tokens=data.image_tokens_min,
-                                     max_tokens=data.image_tokens_max)
+                                     max_tokens=data.image_tokens_max, max_pixels=data.max_pixels,
+                                     max_mb=data.max_mb)
     if kind == 'video':
       return kind, video.load_video(value, data, factor=patch * merge)
     return kind, value

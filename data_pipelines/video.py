@@ -4,13 +4,12 @@ Numbers follow the public serving code of Keye-VL-2.0 (keye_adaptive_video.py).
 
 Letters: F sampled frames, N frames of the file, H height, W width in pixels.
 """
-import math
 import os
 from typing import Literal, NamedTuple
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
 from data_pipelines import containers
@@ -24,17 +23,26 @@ ADAPTIVE = {
     'paper': ((256, 0.125), (512, 0.25), (1024, 0.5)),
     'code': ((259, 0.09), (518, 0.18), (1036, 0.36), (2016, 0.7)),
 }
+# Of frames with more than 8 bits a channel; the faster conversion makes them darker by 2 of 255.
+DEEP = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT
 Adaptive = Literal['off', 'paper', 'code']
+
+
+class Turn(NamedTuple):
+  """How the stored picture becomes the shown one: rows and columns are swapped first, then it is mirrored."""
+  swap: bool
+  mirror_x: bool
+  mirror_y: bool
 
 
 class VideoInfo(NamedTuple):
   """The first video stream of a file."""
-  height: int                 # pixels as shown, after rotation
+  height: int                 # pixels as shown: square, after rotation
   width: int
   frames: int
   seconds: float
   fps: float                  # mean rate
-  quarter_turns: int          # counterclockwise, that the stored picture is turned by to be shown
+  turn: 'Turn'
 
 
 class Plan(NamedTuple):
@@ -50,15 +58,13 @@ class Clip(NamedTuple):
   duration: float = 0.0       # seconds of the whole file, to the end of its last frame
 
 
-def probe(path: str | os.PathLike, max_seconds: float = math.inf) -> VideoInfo:
+def probe(path: str | os.PathLike, limits: containers.Limits = containers.Limits()) -> VideoInfo:     # noqa: B008
   """Size, length and rate of a clip. Decodes one frame; raises InputError like `load_video`."""
-  times = containers.read_times(path, max_seconds)
-  frame = next((frame for _, frame in containers.decode(path, times, times.pts_N[:1])), None)
+  times = containers.read_times(path, limits.started())
+  frame = next((frame for _, frame in containers.decode(path, times, times.pts_N[:1], limits.started())), None)
   if frame is None:
     raise InputError(f'{path}: the first frame of the video cannot be decoded')
-  turns = _quarter_turns(frame)
-  height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
-  return VideoInfo(height, width, len(times.pts_N), times.seconds, times.fps, turns)
+  return VideoInfo(*_shown(frame, times), len(times.pts_N), times.seconds, times.fps, _turn(frame))
 
 
 def plan_frames(seconds: float, frames: int, height: int, width: int, fps: float = 2.0, min_frames: int = 2,
@@ -82,21 +88,25 @@ def adaptive_tokens(video_tokens: int, seconds: float, adaptive: Adaptive) -> in
 def load_video(path: str | os.PathLike, data, factor: int = 28, adaptive: Adaptive = 'off') -> Clip:
   """Samples, decodes and resizes a clip; `data` is a keye_jax.config.DataConfig or has its sampling fields.
 
-  Frames are turned as the container says and resized bicubically. Memory: the sampled frames at their final size and
-  one frame as stored. A damaged file is used as far as it goes when at least half of the frames that its header
-  announces are there and at least half of the sampled frames can be decoded; the others are left out.
+  Frames are turned and mirrored as the file says, made of square pixels and resized bicubically. Their times are those
+  of the container less the first one's; data.timestamps = 'index': number of the frame over mean rate. Memory: the
+  sampled frames at their final size and one frame as stored. A damaged file is used as far as it goes when at least
+  half of the frames that its header announces are there and at least half of the sampled frames can be decoded; the
+  others are left out.
   Raises InputError, naming the file in one line: missing, empty, not a video, audio only, without frames, damaged or
-  truncated beyond that, longer than data.max_seconds.
+  truncated beyond that, beyond data.max_seconds, max_mb, max_pixels or max_decode_seconds.
   """
-  times = containers.read_times(path, data.max_seconds)
+  limits = containers.Limits(data.max_seconds, data.max_mb, data.max_pixels, data.max_decode_seconds).started()
+  times = containers.read_times(path, limits)
   budget = adaptive_tokens(data.video_tokens, times.seconds, adaptive)
   index_F = _sample(times.seconds, len(times.pts_N), data.fps, data.min_frames, data.frame_tokens_min, budget)
   pts_F, frames_FHW3, good = times.pts_N[index_F], None, []
   to_rgb = VideoReformatter()           # one for all frames: setting up a conversion costs more than a small frame
-  for i, frame in containers.decode(path, times, pts_F):
+  for i, frame in containers.decode(path, times, pts_F, limits):
     try:
-      pixels = np.rot90(to_rgb.reformat(frame, format='rgb24', threads=1).to_ndarray(), _quarter_turns(frame))
-      size = _size(len(index_F), *pixels.shape[:2], data.frame_tokens_min, data.frame_tokens_max, budget, factor)
+      deep = {'interpolation': DEEP} if max(c.bits for c in frame.format.components) > 8 else {}
+      pixels = _upright(to_rgb.reformat(frame, format='rgb24', threads=1, **deep).to_ndarray(), _turn(frame))
+      size = _size(len(index_F), *_shown(frame, times), data.frame_tokens_min, data.frame_tokens_max, budget, factor)
     except (av.FFmpegError, ValueError) as e:         # a pixel format without a conversion, an extreme shape
       raise InputError(f'{path}: {e}') from None
     if frames_FHW3 is None:
@@ -108,6 +118,9 @@ def load_video(path: str | os.PathLike, data, factor: int = 28, adaptive: Adapti
   if 2 * len(good) < len(index_F) or not good:
     raise InputError(f'{path}: damaged, only {len(good)} of {len(index_F)} sampled frames can be decoded')
   seconds_F = (pts_F - times.pts_N[0]) * float(times.time_base)
+  if data.timestamps == 'index':
+    seconds_F = index_F / times.fps
+  good.sort()
   if len(good) < len(index_F):
     frames_FHW3, seconds_F = frames_FHW3[good], seconds_F[good]
   return Clip(frames_FHW3, seconds_F, str(path), times.seconds)
@@ -125,5 +138,27 @@ def _size(count, height, width, frame_tokens_min, frame_tokens_max, video_tokens
   return smart_resize(height, width, factor, frame_tokens_min * factor**2, tokens * factor**2)
 
 
-def _quarter_turns(frame) -> int:
-  return round(frame.rotation / 90) % 4
+def _shown(frame, times) -> tuple[int, int]:
+  """(height, width) of a frame in square pixels, as it is shown. The longer side of a pixel is kept."""
+  height, width = frame.height, frame.width
+  if times.aspect >= 1:
+    width = max(1, round(width * times.aspect))
+  else:
+    height = max(1, round(height / times.aspect))
+  return (width, height) if _turn(frame).swap else (height, width)
+
+
+def _turn(frame) -> Turn:
+  """The nearest of the eight ways to turn and mirror a picture to what the file's display matrix does."""
+  found = frame.side_data.get('DISPLAYMATRIX')
+  if found is None:
+    return Turn(False, False, False)
+  # A stored pixel (x, y) is shown at (a x + c y, b x + d y), y downwards.
+  a, b, _, c, d = np.frombuffer(found, np.int32)[:5].tolist()
+  swap = abs(a) + abs(d) < abs(b) + abs(c)
+  return Turn(swap, c < 0, b < 0) if swap else Turn(swap, a < 0, d < 0)
+
+
+def _upright(pixels_HW3: np.ndarray, turn: Turn) -> np.ndarray:
+  pixels_HW3 = pixels_HW3.swapaxes(0, 1) if turn.swap else pixels_HW3
+  return pixels_HW3[::-1 if turn.mirror_y else 1, ::-1 if turn.mirror_x else 1]

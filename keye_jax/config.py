@@ -124,7 +124,12 @@ class DataConfig:
   image_tokens_max: int = 20480
   pack: bool = True               # several samples in a row, mutually invisible
   grey: bool = False              # blind baseline: every frame is replaced by mid grey
-  max_seconds: float = 14400.0    # a longer medium is a counted skip
+  timestamps: Literal['pts', 'index'] = 'pts'     # time of a frame: the container's, or index / fps as released code
+  # A medium beyond one of these limits is a counted skip.
+  max_seconds: float = 14400.0
+  max_mb: int = 16384             # size of the file, in MiB
+  max_pixels: int = 67108864      # of one picture or frame as stored: 8192 x 8192
+  max_decode_seconds: float = 600.0     # for reading one video
   cache_mb: int = 0               # decoded media kept in memory, per process
   workers: int = 0                # grain worker processes
 

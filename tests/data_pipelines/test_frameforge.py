@@ -2,7 +2,6 @@
 import collections
 import json
 import re
-import types
 
 import av
 import numpy as np
@@ -12,12 +11,12 @@ from PIL import Image
 from data_pipelines import frameforge, sources, video
 from data_pipelines.errors import InputError
 from data_pipelines.frameforge import material, render, script
+from keye_jax.config import DataConfig
 from keye_jax.evals import baselines
 from keye_jax.evals.scores import Question
 
 COUNTS = {'n_train': 5, 'n_heldout': 3, 'n_images': 4, 'n_brief': 3, 'n_text': 12}
-SAMPLING = types.SimpleNamespace(fps=2.0, min_frames=2, frame_tokens_min=4, frame_tokens_max=4, video_tokens=184320,
-                                 max_seconds=60)
+SAMPLING = DataConfig(frame_tokens_min=4, frame_tokens_max=4, max_seconds=60.0)
 
 
 @pytest.fixture(scope='module')
