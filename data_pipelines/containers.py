@@ -201,7 +201,7 @@ def _decoded(container, stream, wanted: set[int] | None = None) -> Iterator[av.V
         stream.codec_context.skip_frame = 'DEFAULT' if packet.pts in wanted else 'NONREF'
       try:
         frames = packet.decode()
-      except av.FFmpegError:
+      except (*DAMAGE, ValueError):           # ValueError: a stream whose codec changes to one that is not known
         continue
       yield from frames
 
