@@ -1,0 +1,87 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from pallas_kernels import dispatch
+from pallas_kernels.aot import __main__ as aot
+from pallas_kernels.aot import rows
+from pallas_kernels.aot.programs import program
+
+
+def test_every_row_is_a_program_whose_gradients_have_the_shapes_of_its_inputs():
+  for row in rows.rows(targets=['v5p'], lengths=[256]):
+    fn, arguments = program(row)
+    out = jax.tree.leaves(jax.eval_shape(fn, *arguments))
+    if row.direction == 'backward':
+      assert [x.shape for x in out] == [x.shape for x in arguments[:len(out)]]
+      assert all(jnp.issubdtype(x.dtype, jnp.floating) for x in out)
+
+
+def test_the_requirement_is_a_row_with_a_limit():
+  limits = {(r.op, r.direction, r.target, r.length, r.shards): r.limit for r in rows.rows(targets=['v5p', 'v6e'])}
+  assert limits['dsa_attention', 'forward', 'v6e', 262144, 8] == 2 * 2**30
+  assert limits['dsa_attention', 'backward', 'v5p', 262144, 8] == 4 * 2**30
+  assert sum(x is not None for x in limits.values()) == 4
+  assert limits['dsa_attention', 'backward', 'v5p', 262144, 1] is None
+
+
+def test_filters():
+  kept = rows.rows(['index_select', 'dsa_attention'], ['backward'], ['v5p'], [32768])
+  assert kept == [('dsa_attention', 'backward', 'v5p', 32768, 1)]
+
+
+@pytest.mark.parametrize('results, code', [
+  ([{'temp bytes': 9 * 2**30}, {'temp bytes': 2 * 2**30}], 0),         # one device may need more than a shared one
+  ([{'temp bytes': 1}, {'temp bytes': 2 * 2**30 + 1}], 1),
+  ([{'temp bytes': 1}, {'error': 'RESOURCE_EXHAUSTED: vmem'}], 1),
+])
+def test_exit_code_and_json(monkeypatch, capsys, results, code):
+  whole = {'implementation': 'xla', 'seconds': 1.0, 'argument bytes': 1, 'output bytes': 1}
+  monkeypatch.setattr(aot, 'installed', lambda target: True)
+  monkeypatch.setattr(aot, 'compiled', lambda specs: [r if 'error' in r else whole | r for r in results])
+  words = ['--op', 'dsa_attention', '--target', 'v5p', '--length', '262144', '--direction', 'forward', '--json']
+  assert aot.main(words) == code
+  said = json.loads(capsys.readouterr().out)
+  assert [r['shards'] for r in said['rows']] == [1, 8]
+  assert said['command'].endswith('--direction forward --json') and said['versions']['jax'] == jax.__version__
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch, capsys):
+  monkeypatch.setattr(aot, 'installed', lambda target: False)
+  assert aot.main(['--target', 'v5p']) == 2
+  assert capsys.readouterr().err == ("pallas_kernels.aot: v5p needs the package libtpu, which is not installed; "
+                                     "pip install 'keye_jax[aot]'\n")
+
+
+def test_a_child_that_dies_is_an_error_of_its_row(monkeypatch):
+  monkeypatch.setattr(aot.sys, 'executable', '/bin/false')
+  found = list(aot.compiled(rows.rows(['index_select'], targets=['v5p'], lengths=[8, 16])))
+  assert [r['error'].startswith('the compiler ended its process with code 1') for r in found] == [True, True]
+
+
+class TestDispatch:
+
+  def test_the_context_mesh_decides_and_not_the_host(self, monkeypatch):
+    monkeypatch.setitem(dispatch.KERNELS, 'tpu', ('some_op',))
+    assert dispatch.choose('some_op', None) == 'xla' and dispatch.platform() == 'cpu'
+    device = type(jax.make_mesh((1,), ('x',)).abstract_mesh.abstract_device)
+    for platform, chosen in (('tpu', 'tpu'), ('cuda', 'xla'), ('cpu', 'xla')):
+      there = AbstractMesh((1,), ('x',), (AxisType.Explicit,), abstract_device=device('a device', 1, platform))
+      with jax.sharding.use_abstract_mesh(there):
+        assert dispatch.choose('some_op', None) == chosen
+        assert dispatch.choose('another_op', None) == 'xla'
+
+  def test_a_name_that_does_not_exist(self):
+    with pytest.raises(ValueError, match="dense_attention: there is no implementation 'gpu'; use one of reference"):
+      dispatch.choose('dense_attention', 'gpu')
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not rows.installed('v5p'), reason='needs libtpu, of the extra `aot`')
+def test_compiles_for_a_tpu_that_is_not_here(capfd):
+  assert aot.main(['--op', 'index_select', '--target', 'v5p', '--length', '4096', '--json']) == 0
+  row, = json.loads(capfd.readouterr().out)['rows']
+  assert row['implementation'] == dispatch.choose('index_select', None) and row['temp bytes'] > 0
