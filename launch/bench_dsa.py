@@ -78,7 +78,7 @@ def parts(config, n: int) -> dict[str, float]:
 
 def score_maxima(iq_TIJ, ik_SJ, gate_TI, segment_T, order_T):
   """The largest index score of each query, [T], through the buffers that a selection uses."""
-  keys = xla.cut_keys(ik_SJ, segment_T, order_T)
+  keys = xla.cut_keys(xla.WIDE, ik_SJ, segment_T, order_T)
   size = min(len(order_T), xla.QUERIES)
   queries = xla.cut_queries(size, iq_TIJ.swapaxes(0, 1), gate_TI, segment_T, order_T, keys)
   step = lambda buffer, query: xla.in_scores(buffer, query, keys, lambda score_PTS, _: score_PTS.max((0, 2)))

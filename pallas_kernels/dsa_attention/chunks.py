@@ -55,7 +55,7 @@ def plan(options: Options, row: Row, selection: Selection | None) -> Plan:
   G, N, _ = row.q_GNK.shape
   group = min(T, index.QUERIES)
   size = max(query_tile(T, G * N // T) // group, 1) * group
-  keys = index.cut_keys(row.ik_SJ, row.k_segment_S, row.k_order_S)
+  keys = index.cut_keys(index.WIDE, row.ik_SJ, row.k_segment_S, row.k_order_S)
   padded = keys.order_PS.size
   cut = lambda x, axis, value=0: tiles.cut(tiles.pad(x, axis, padded, value), axis, tiles.KEYS)
   segment_PS, order_PS = cut(row.k_segment_S, 0, tiles.KEY_PAD), cut(row.k_order_S, 0)

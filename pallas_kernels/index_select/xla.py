@@ -26,14 +26,20 @@ LENGTHS = 4        # static lengths a search is compiled for
 def products(iq_ITJ, ik_SJ) -> jax.Array:
   """iq . ik, float32 [I, T, S]."""
   I, T, J = iq_ITJ.shape
-  return jnp.einsum('NJ,SJ->NS', iq_ITJ.reshape(I * T, J), ik_SJ, precision='highest',
-                    preferred_element_type=jnp.float32).reshape(I, T, -1)
+  return stacked_products(iq_ITJ.reshape(I * T, J), ik_SJ).reshape(I, T, -1)
+
+
+def stacked_products(iq_NJ, ik_SJ) -> jax.Array:
+  """iq . ik, float32 [N, S]; products of bfloat16 are exact as they are."""
+  exact = iq_NJ.dtype == ik_SJ.dtype == jnp.bfloat16
+  return jnp.einsum('NJ,SJ->NS', iq_NJ, ik_SJ, precision=None if exact else 'highest',
+                    preferred_element_type=jnp.float32)
 
 
 def score(z_ITS, gate_TI) -> jax.Array:
   """[T, S] from `products`; one fused loop over the heads."""
   gate_TI = gate_TI.astype(jnp.float32)
-  score_TS = sum(jax.nn.relu(z_ITS[i]) * gate_TI[:, i, None] for i in range(len(z_ITS)))
+  score_TS = sum(jax.nn.relu(z_ITS[i]) * gate_TI[:, i:i + 1] for i in range(len(z_ITS)))
   return jnp.where(score_TS == 0, 0.0, score_TS)
 
 
@@ -52,7 +58,7 @@ def select_one(topk, iq_ITJ, ik_SJ, gate_TI, q_segment_T, k_segment_S, q_order_T
 def select_tiles(topk, iq_ITJ, ik_SJ, gate_TI, q_segment_T, k_segment_S, q_order_T, k_order_S):
   """(threshold_T, last_T) of a long row."""
   T = len(q_order_T)
-  keys = cut_keys(ik_SJ, k_segment_S, k_order_S)
+  keys = cut_keys(WIDE, ik_SJ, k_segment_S, k_order_S)
   size = min(T, QUERIES)
   queries = cut_queries(size, iq_ITJ, gate_TI, q_segment_T, q_order_T, keys)
 
@@ -81,8 +87,9 @@ class Queries(NamedTuple):
   count: jax.Array
 
 
-def cut_keys(ik_SJ, segment_S, order_S) -> Keys:
-  size = min(WIDE, -(-len(order_S) // tiles.KEYS) * tiles.KEYS)
+def cut_keys(wide: int, ik_SJ, segment_S, order_S) -> Keys:
+  """Tiles of `wide` keys, of fewer in a short row."""
+  size = min(wide, -(-len(order_S) // tiles.KEYS) * tiles.KEYS)
   cut = lambda x, value=0: tiles.cut(tiles.pad(x, 0, size, value), 0, size)
   return Keys(cut(ik_SJ), cut(segment_S, tiles.KEY_PAD), cut(order_S))
 

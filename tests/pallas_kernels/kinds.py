@@ -1,5 +1,7 @@
 """What the tests run: every implementation, and the tiled form of `xla` with tiles small enough for small inputs.
 
+Kernels for TPUs are interpreted, with small tiles too.
+
 Letters as in cases.py.
 """
 import functools
@@ -7,28 +9,31 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tiles
+from pallas_kernels import tiles, tpu_call
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.dense_attention import xla as dense_xla
 from pallas_kernels.dsa_attention import dsa_attention
+from pallas_kernels.index_select import tpu as index_tpu
 from pallas_kernels.index_select import xla as index_xla
 from pallas_kernels.indexer_warmup import indexer_warmup
 
 KINDS = ('reference', 'xla', 'tiles')
+WITH_TPU = (*KINDS, 'tpu')
 SMALL = ((tiles, 'KEYS', 8), (dense_xla, 'SMALL', 4), (dense_xla, 'FEW', 0), (dense_xla, 'QUERY_ROWS', 32),
-         (index_xla, 'SMALL', 0), (index_xla, 'QUERIES', 4), (index_xla, 'WIDE', 8), (index_xla, 'LENGTHS', 2))
+         (index_xla, 'SMALL', 0), (index_xla, 'QUERIES', 4), (index_xla, 'WIDE', 8), (index_xla, 'LENGTHS', 2),
+         (index_tpu, 'GROUPS', (8,)), (index_tpu, 'MANY', 2), (index_tpu, 'WIDE', 16), (tpu_call, 'INTERPRET', True))
 
 
 def named(kind: str, fn):
   """fn(implementation=...) of a kind. Tile sizes are read while tracing, so they are changed only meanwhile."""
   def traced(*args):
-    if kind != 'tiles':
+    if kind in ('reference', 'xla'):
       return fn(*args, implementation=kind)
     saved = [(module, name, getattr(module, name)) for module, name, _ in SMALL]
     try:
       for module, name, value in SMALL:
         setattr(module, name, value)
-      return fn(*args, implementation='xla')
+      return fn(*args, implementation='tpu' if kind == 'tpu' else 'xla')
     finally:
       for module, name, value in saved:
         setattr(module, name, value)

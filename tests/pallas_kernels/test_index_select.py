@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.index_select import index_select, search, select_mask
+from pallas_kernels.index_select import index_select, search, select_mask, tpu
 from tests.pallas_kernels import cases, independent, kinds
 from tests.tolerances import assert_close
 
@@ -27,7 +27,7 @@ def expected_mask(case, topk):
   return mask
 
 
-@pytest.mark.parametrize('kind', kinds.KINDS)
+@pytest.mark.parametrize('kind', kinds.WITH_TPU)
 class TestEveryImplementation:
 
   @pytest.mark.parametrize('topk', [1, 5])
@@ -72,6 +72,34 @@ class TestEveryImplementation:
                              case.q_order[:, now], k_order)
       assert (np.asarray(part.threshold_BT) == np.asarray(whole.threshold_BT)[:, now]).all()
       assert (np.asarray(part.last_BT) == np.asarray(whole.last_BT)[:, now]).all()
+
+
+class TestTPU:
+
+  @pytest.mark.parametrize('size', [dict(T=40), dict(T=9, S=40, layout='packed', shuffle=True)])
+  @pytest.mark.parametrize('index', ['integers', 'zeros'])
+  def test_the_selection_is_that_of_the_reference_bit_for_bit(self, size, index):
+    case = cases.make(9, **SIZE | size).cast('float32')
+    case = case if index == 'integers' else case._replace(gate=-0.0 * case.gate)
+    got, want = (select(kind, 7)(*case.index) for kind in ('tpu', 'reference'))
+    assert (np.asarray(got.threshold_BT) == np.asarray(want.threshold_BT)).all()
+    assert (np.asarray(got.last_BT) == np.asarray(want.last_BT)).all()
+
+  def test_scores_far_apart_and_close_together(self):
+    """One index head and one feature: the score of a key is its only number, whatever the summation."""
+    rng = np.random.default_rng(0)
+    keys = np.exp2(rng.integers(-100, 100, 40)).astype(np.float32)
+    keys[10:20] = np.float32(1) + np.float32(2 ** -23) * np.arange(10, dtype=np.float32)
+    one = np.ones((1, 40, 1), np.float32)
+    positive = cases.make(0, B=1, T=40, layout='one')._replace(iq=one[..., None], ik=keys[None, :, None], gate=one)
+    for case in (positive, positive._replace(gate=-one)):
+      got, want = (select(kind, 13)(*case.cast('float32').index) for kind in ('tpu', 'reference'))
+      assert (np.asarray(got.threshold_BT) == np.asarray(want.threshold_BT)).all()
+      assert (np.asarray(got.last_BT) == np.asarray(want.last_BT)).all()
+
+  def test_a_row_whose_scores_do_not_fit(self):
+    with pytest.raises(ValueError, match='the scores of 8 queries against 2000000 keys need more than 32 MiB of VMEM'):
+      tpu.group_size(8, 2000000)
 
 
 class TestSearch:
