@@ -13,10 +13,10 @@ LANES = 128
 INTERPRET = False        # tests interpret the kernels; read while tracing, as tile sizes are
 
 
-def call(kernel: Callable, grid: tuple[int, ...], prefetch: Sequence[jax.Array], arrays: Sequence[jax.Array],
+def call(kernel: Callable, grid: tuple, prefetch: Sequence[jax.Array], arrays: Sequence[jax.Array],
          in_specs: Sequence[pl.BlockSpec], outputs: Sequence[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]],
          scratch: Sequence, parallel: tuple[bool, ...], vmem: int, aliases: dict[int, int] | None = None):
-  """A Pallas call; `prefetch` are the int32 arrays that block indices may depend on.
+  """A Pallas call; `prefetch` are the int32 arrays that block indices may depend on. Grid sizes may be traced.
 
   vmem: bytes that the kernel may take. aliases: {index in arrays: index in outputs} of buffers updated in place.
   """

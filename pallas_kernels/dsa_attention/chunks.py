@@ -50,12 +50,17 @@ class Plan(NamedTuple):
   order_PS: jax.Array
 
 
-def plan(options: Options, row: Row, selection: Selection | None) -> Plan:
-  T = len(row.q_order_T)
-  G, N, _ = row.q_GNK.shape
+def sizes(row: Row) -> tuple[int, int, int]:
+  """(queries of a group, groups of a chunk, keys of a wide tile)."""
+  T, (G, N, _) = len(row.q_order_T), row.q_GNK.shape
   group = min(T, index.QUERIES)
-  size = max(query_tile(T, G * N // T) // group, 1) * group
-  keys = index.cut_keys(index.WIDE, row.ik_SJ, row.k_segment_S, row.k_order_S)
+  return group, max(query_tile(T, G * N // T) // group, 1), index.WIDE
+
+
+def plan(options: Options, row: Row, selection: Selection | None, group: int, groups: int, wide: int) -> Plan:
+  """Cuts a row into chunks of `groups` groups of `group` queries, and its index keys into tiles of `wide`."""
+  T, size = len(row.q_order_T), group * groups
+  keys = index.cut_keys(wide, row.ik_SJ, row.k_segment_S, row.k_order_S)
   padded = keys.order_PS.size
   cut = lambda x, axis, value=0: tiles.cut(tiles.pad(x, axis, padded, value), axis, tiles.KEYS)
   segment_PS, order_PS = cut(row.k_segment_S, 0, tiles.KEY_PAD), cut(row.k_order_S, 0)
@@ -153,7 +158,8 @@ def start_buffer(row: Plan) -> jax.Array:
 
 def forward(options: Options, arrays: Row, selection: Selection | None):
   """(o_GNK float32, lse_GN, kl_T or None, log-sum-exp of the selected scores [T] or None, Selection) of a row."""
-  row, T, replay = plan(options, arrays, selection), len(arrays.q_order_T), selection is not None
+  row, replay = plan(options, arrays, selection, *sizes(arrays)), selection is not None
+  T = len(arrays.q_order_T)
   flat_keys = lambda x_PGSK: x_PGSK.swapaxes(1, 2).reshape(row.order_PS.size, -1)
   kv_SX = jnp.concatenate([flat_keys(row.k_PGSK), flat_keys(row.v_PGSK)], 1)
 
@@ -190,7 +196,8 @@ def kl_of(options: Options, row: Plan, chunk: Chunk, lse_GN, tile_P, count, mask
 
 def backward(options: Options, arrays: Row, selection: Selection, index_lse_T, lse_GN, delta_GN, do_GNK, dkl_T):
   """Gradients (dq_GNK, dk_GSK, dv_GSK, diq_ITJ, dik_SJ, dgate_TI) of a row, float32."""
-  row, T, S = plan(options, arrays, selection), len(arrays.q_order_T), len(arrays.k_order_S)
+  row = plan(options, arrays, selection, *sizes(arrays))
+  T, S = len(arrays.q_order_T), len(arrays.k_order_S)
   stacked = [cut_queries(x, T, row.size) for x in (lse_GN, delta_GN, do_GNK)]
   per_query = jax.tree.map(lambda x: tiles.cut(tiles.pad(x, 0, row.size), 0, row.size), (index_lse_T, dkl_T))
 

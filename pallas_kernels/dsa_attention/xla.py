@@ -1,22 +1,19 @@
-"""Sparse attention without the T x S matrix, with a hand-written backward pass.
-
-Rows of few tokens are one tile, below; long rows go through query chunks (chunks.py). Between forward and backward
-only o, lse and the selection survive: scores and probabilities are computed again, by the same products, so that the
-backward pass sees the very set that the forward pass chose.
+"""Sparse attention without the T x S matrix. Rows of few tokens are one tile, below; long rows go through query
+chunks (chunks.py).
 
 B batch, T query time, S key time, H query heads, G KV heads, N stacked queries (pallas_kernels/tiles.py), K head dim,
 I indexer heads, J indexer head dim.
 """
 import functools
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tiles
 from pallas_kernels.dense_attention.xla import attend_one
 from pallas_kernels.dsa_attention import chunks
+from pallas_kernels.dsa_attention.gradient import Passes, attend
 from pallas_kernels.dsa_attention.output import DSAOutput
-from pallas_kernels.dsa_attention.row import Options, Row
+from pallas_kernels.dsa_attention.row import Row
 from pallas_kernels.index_select import search
 from pallas_kernels.index_select import xla as index
 from pallas_kernels.index_select.selection import Selection, keep_all
@@ -25,18 +22,8 @@ from pallas_kernels.indexer_warmup.xla import head_mean, kl_gradient_one, kl_one
 from pallas_kernels.mask import visible
 
 
-def dsa_attention(q_BTHK, k_BSGK, v_BSGK, iq_BTIJ, ik_BSJ, gate_BTI, q_segment_BT, k_segment_BS, q_order_BT,
-                  k_order_BS, *, topk, scale, selection, want_kl) -> DSAOutput:
-  row = Row(tiles.stack_heads(q_BTHK, k_BSGK.shape[2]), k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2),
-            iq_BTIJ.swapaxes(1, 2), ik_BSJ, gate_BTI, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS)
-  o_BGNK, lse_BGN, kl_BT, selection = _attention(Options(topk, scale, want_kl), row, selection)
-  T = q_BTHK.shape[1]
-  return DSAOutput(tiles.unstack_heads(o_BGNK, T), tiles.unstack_heads(lse_BGN, T), kl_BT, selection)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(options, rows: Row, selection):
-  return _forward(options, rows, selection)[0]
+def dsa_attention(*arrays, **options) -> DSAOutput:
+  return attend(Passes(forward, backward), *arrays, **options)
 
 
 def shape(rows: Row) -> tuple[bool, bool]:
@@ -47,26 +34,14 @@ def shape(rows: Row) -> tuple[bool, bool]:
   return small, not small or G * N * S >= tiles.MANY
 
 
-def _forward(options, rows: Row, selection):
+def forward(options, rows: Row, selection):
   small, loop = shape(rows)
-  o_BGNK, lse_BGN, kl_BT, index_lse_BT, selection = tiles.over_rows(
-      functools.partial(forward_one if small else chunks.forward, options), (rows, selection), loop)
-  o_BGNK = o_BGNK.astype(rows.q_GNK.dtype)
-  return (o_BGNK, lse_BGN, kl_BT, selection), (rows, o_BGNK, lse_BGN, index_lse_BT, selection)
+  return tiles.over_rows(functools.partial(forward_one if small else chunks.forward, options), (rows, selection), loop)
 
 
-def _backward(options, saved, cotangents):
-  rows, o_BGNK, lse_BGN, index_lse_BT, selection = saved
-  do_BGNK, _, dkl_BT, _ = cotangents
-  delta_BGN = (do_BGNK.astype(jnp.float32) * o_BGNK.astype(jnp.float32)).sum(-1)
+def backward(options, rows: Row, *saved):
   small, loop = shape(rows)
-  grads = tiles.over_rows(functools.partial(backward_one if small else chunks.backward, options),
-                          (rows, selection, index_lse_BT, lse_BGN, delta_BGN, do_BGNK, dkl_BT), loop)
-  grads = [g.astype(x.dtype) for g, x in zip(grads, rows)]
-  return Row(*grads, None, None, None, None), None
-
-
-_attention.defvjp(_forward, _backward)
+  return tiles.over_rows(functools.partial(backward_one if small else chunks.backward, options), (rows, *saved), loop)
 
 
 def scores_one(row: Row):

@@ -72,13 +72,13 @@ def select(group: index.Queries, keys: index.Keys, given: Selection, topk: int |
   """
   M, I, T, J = group.iq_ITJ.shape
   P, S, _ = keys.ik_PSJ.shape
-  flat = lambda x_MT: x_MT[:, None]
+  flat, most = lambda x_MT: x_MT[:, None], jnp.maximum(group.count.max(), 1)
   per_group = lambda *shape: pl.BlockSpec((1, *shape), lambda m, n, tile, count: (m, *[0] * len(shape)))
   meet = lambda m, n, tile, count: tile[m, jnp.minimum(n, jnp.maximum(count[m] - 1, 0))]
   per_tile = lambda *shape: pl.BlockSpec((1, *shape), lambda m, n, *lists: (meet(m, n, *lists), *[0] * len(shape)))
   shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)
   key_M1T, last_M1T, word_MP1S = tpu_call.call(
-      functools.partial(_kernel, topk=topk), (M, P), [group.tile_P, group.count],
+      functools.partial(_kernel, topk=topk), (M, most), [group.tile_P, group.count],
       [group.iq_ITJ.reshape(M, I * T, J), group.gate_TI, flat(group.segment_T), flat(group.order_T),
        flat(search.key(given.threshold_BT)), flat(given.last_BT), keys.ik_PSJ, keys.segment_PS[:, None],
        keys.order_PS[:, None]],

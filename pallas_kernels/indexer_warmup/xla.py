@@ -163,22 +163,23 @@ def head_mean(p_GNS, T: int) -> jax.Array:
 
 
 def kl_start(T: int):
-  """Running (maximum, sum of exp) of the scores, sum of p * (log p - score), sum of p."""
-  return jnp.full(T, NEG_INF), jnp.zeros(T), jnp.zeros(T), jnp.zeros(T)
+  """Running (maximum, sum of exp) of the scores, sum of p * (log p - score), sum of p: columns [T, 1]."""
+  return jnp.full((T, 1), NEG_INF), jnp.zeros((T, 1)), jnp.zeros((T, 1)), jnp.zeros((T, 1))
 
 
 def kl_add(state, score_TS, p_TS, mask_TS):
-  m_T, l_T, part_T, mass_T = state
+  m_T1, l_T1, part_T1, mass_T1 = state
+  total = lambda x_TS: x_TS.sum(-1, keepdims=True)
   x_TS = jnp.where(mask_TS, score_TS, NEG_INF)
-  new_T = jnp.maximum(m_T, x_TS.max(-1))
-  l_T = l_T * jnp.exp(m_T - new_T) + jnp.where(mask_TS, jnp.exp(x_TS - new_T[:, None]), 0).sum(-1)
+  new_T1 = jnp.maximum(m_T1, x_TS.max(-1, keepdims=True))
+  l_T1 = l_T1 * jnp.exp(m_T1 - new_T1) + total(jnp.where(mask_TS, jnp.exp(x_TS - new_T1), 0))
   log_p_TS = jnp.log(jnp.where(p_TS > 0, p_TS, 1))
-  return new_T, l_T, part_T + (p_TS * jnp.where(mask_TS, log_p_TS - score_TS, 0)).sum(-1), mass_T + p_TS.sum(-1)
+  return new_T1, l_T1, part_T1 + total(p_TS * jnp.where(mask_TS, log_p_TS - score_TS, 0)), mass_T1 + total(p_TS)
 
 
 def kl_end(state):
   """(kl_T, lse_T of the scores)."""
-  m_T, l_T, part_T, mass_T = state
+  m_T, l_T, part_T, mass_T = (x_T1[:, 0] for x_T1 in state)
   lse_T = m_T + jnp.log(jnp.maximum(l_T, 1e-30))
   return part_T + mass_T * lse_T, lse_T
 

@@ -4,6 +4,7 @@ Kernels for TPUs are interpreted, with small tiles too.
 
 Letters as in cases.py.
 """
+import contextlib
 import functools
 
 import jax
@@ -24,19 +25,34 @@ SMALL = ((tiles, 'KEYS', 8), (dense_xla, 'SMALL', 4), (dense_xla, 'FEW', 0), (de
          (index_tpu, 'GROUPS', (8,)), (index_tpu, 'MANY', 2), (index_tpu, 'WIDE', 16), (tpu_call, 'INTERPRET', True))
 
 
+@contextlib.contextmanager
+def small(kind: str):
+  """Small tiles for the kinds that need them. Sizes are read while tracing, so they are changed only meanwhile; a
+  backward pass is traced after its forward pass, so a gradient is taken inside as a whole."""
+  changed = () if kind in ('reference', 'xla') else SMALL
+  saved = [(module, name, getattr(module, name)) for module, name, _ in changed]
+  try:
+    for module, name, value in changed:
+      setattr(module, name, value)
+    yield
+  finally:
+    for module, name, value in saved:
+      setattr(module, name, value)
+
+
 def named(kind: str, fn):
-  """fn(implementation=...) of a kind. Tile sizes are read while tracing, so they are changed only meanwhile."""
+  """fn(implementation=...) of a kind."""
   def traced(*args):
-    if kind in ('reference', 'xla'):
-      return fn(*args, implementation=kind)
-    saved = [(module, name, getattr(module, name)) for module, name, _ in SMALL]
-    try:
-      for module, name, value in SMALL:
-        setattr(module, name, value)
-      return fn(*args, implementation='tpu' if kind == 'tpu' else 'xla')
-    finally:
-      for module, name, value in saved:
-        setattr(module, name, value)
+    with small(kind):
+      return fn(*args, implementation='xla' if kind == 'tiles' else kind)
+  return traced
+
+
+def gradient(kind: str, loss, arguments):
+  """jax.grad of a loss with auxiliary results, traced with the tiles of the kind."""
+  def traced(*args):
+    with small(kind):
+      return jax.grad(loss, arguments, has_aux=True)(*args)
   return traced
 
 
@@ -56,7 +72,7 @@ def dense(kind: str, causal: bool = True, scale: float | None = None):
       fn = lambda *a, implementation: dense_attention(*a, causal=causal, scale=scale, implementation=implementation)
       o, lse = named(kind, fn)(q, k, v, *places)
       return (o.astype(jnp.float32) * weights(o, places[2])).sum() + lse.sum(), (o, lse)     # lse must add no gradient
-    return jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+    return gradient(kind, loss, (0, 1, 2))(q, k, v)
   return jax.jit(run)
 
 
@@ -69,7 +85,7 @@ def sparse(kind: str, topk: int):
       out = named(kind, fn)(*arrays, *case[6:])
       o, kl = ((x.astype(jnp.float32) * weights(x, case.q_order)).sum() for x in (out.o_BTHK, out.kl_BT))
       return of_o * o + of_kl * kl + out.lse_BTH.sum(), out
-    return jax.grad(loss, range(6), has_aux=True)(*case[:6])
+    return gradient(kind, loss, range(6))(*case[:6])
   jitted = jax.jit(run)
   return lambda case, of_o=1.0, of_kl=1.0: jitted(case, of_o, of_kl)
 
@@ -91,5 +107,5 @@ def warmup(kind: str):
     def loss(q, k, lse, iq, ik, gate):
       kl = named(kind, indexer_warmup)(q, k, lse, iq, ik, gate, *case[6:])
       return (kl * weights(kl, case.q_order)).sum(), kl
-    return jax.grad(loss, range(6), has_aux=True)(case.q, case.k, lse, case.iq, case.ik, case.gate)
+    return gradient(kind, loss, range(6))(case.q, case.k, lse, case.iq, case.ik, case.gate)
   return jax.jit(run)

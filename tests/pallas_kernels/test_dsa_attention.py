@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import tpu_call
 from pallas_kernels.dsa_attention import Selection, chunks, dsa_attention, union
 from pallas_kernels.mask import NEG_INF
 from tests.pallas_kernels import cases, independent, kinds
@@ -21,7 +22,7 @@ def torch_case(fixtures):
   return fixtures('dsa_torch.npz')
 
 
-@pytest.mark.parametrize('kind', kinds.KINDS)
+@pytest.mark.parametrize('kind', kinds.WITH_TPU)
 class TestEveryImplementation:
 
   @pytest.mark.parametrize('layout, shuffle', [('one', False), ('branches', False), ('packed', True)])
@@ -54,8 +55,9 @@ class TestEveryImplementation:
   def test_more_places_than_keys_is_dense_attention(self, kind):
     case = cases.make(3, **SIZE).cast('float32')
     grads, out = kinds.sparse(kind, 24)(case)
-    dense_grads, (o, lse) = kinds.dense(kind)(*case.dense)
-    index_grads, kl = kinds.warmup(kind)(case, lse)
+    plain = 'tiles' if kind == 'tpu' else kind
+    dense_grads, (o, lse) = kinds.dense(plain)(*case.dense)
+    index_grads, kl = kinds.warmup(plain)(case, lse)
     for got, want in zip((out.o_BTHK, out.lse_BTH, out.kl_BT, *grads),
                          (o, lse, kl, *dense_grads, *index_grads[3:])):
       assert_close(got, want)
@@ -73,7 +75,7 @@ class TestEveryImplementation:
     case = cases.make(5, **SIZE, layout='one').cast('float32')
     everything = Selection(jnp.full((2, 24), -jnp.inf), jnp.full((2, 24), 2 ** 31 - 1, jnp.int32))
     out = kinds.sparse_values(kind, TOPK, want_kl=True)(case, everything)
-    assert_close(out.o_BTHK, kinds.dense(kind)(*case.dense)[1][0])
+    assert_close(out.o_BTHK, kinds.dense('reference')(*case.dense)[1][0])
 
   def test_decoding_equals_the_full_row(self, kind):
     case = cases.make(6, **SIZE, layout='one').cast('float32')
@@ -176,6 +178,50 @@ class TestTiledForm:
       got = jax.jit(jax.grad(loss))({n: getattr(case, n) for n in cases.Case._fields[:6]}, case)
     for name, want in zip(cases.Case._fields[:6], grads):
       assert_close(got[name], want, what=name)
+
+
+class TestTPU:
+
+  def test_fewer_queries_than_keys_with_gradients(self):
+    case = cases.make(13, **SIZE | dict(B=1, T=9, S=24), layout='packed').cast('float32')
+    expected = jax.tree.leaves(kinds.sparse('reference', TOPK)(case))
+    for got, want in zip(jax.tree.leaves(kinds.sparse('tpu', TOPK)(case)), expected):
+      finite = np.isfinite(np.asarray(want, np.float32))
+      assert_close(np.where(finite, got, 0), np.where(finite, want, 0))
+
+  def test_two_runs_give_the_same_bits(self):
+    case = cases.make(10, **SIZE, index='normal').cast('float32')
+    assert equal_bits(*(kinds.sparse('tpu', TOPK)(case) for _ in range(2)))
+
+  def test_without_the_loss_its_inputs_get_no_gradient(self):
+    case = cases.make(14, **SIZE | dict(B=1)).cast('float32')
+
+    def loss(*arrays):
+      out = dsa_attention(*arrays, *case[6:], topk=TOPK, want_kl=False, implementation='tpu')
+      return (out.o_BTHK * kinds.weights(out.o_BTHK, case.q_order)).sum(), ()
+
+    grads, _ = jax.jit(kinds.gradient('tpu', loss, range(6)))(*case[:6])
+    expected, _ = kinds.sparse('reference', TOPK)(case, 1.0, 0.0)
+    for got, want in zip(grads, expected):
+      assert_close(got, want)
+
+  @pytest.mark.slow
+  def test_no_races(self, monkeypatch):
+    """Simulated memories and copies of a TPU, each read and write checked against those it is not ordered with."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+    from jax.experimental.pallas import tpu as pltpu
+    params = pltpu.InterpretParams(detect_races=True)
+    monkeypatch.setattr(kinds, 'SMALL', (*kinds.SMALL, (tpu_call, 'INTERPRET', params)))
+    case = cases.make(15, **SIZE | dict(B=1)).cast('float32')
+
+    def loss(*arrays):
+      out = dsa_attention(*arrays, *case[6:], topk=TOPK, implementation='tpu')
+      return out.o_BTHK.sum() + out.kl_BT.sum(), out
+
+    grads, out = jax.jit(kinds.gradient('tpu', loss, range(6)))(*case[:6])
+    jax.block_until_ready(grads)
+    assert interpreter.races is not None and not interpreter.races.races_found
+    assert equal_bits(out.selection, kinds.sparse_values('reference', TOPK)(case, None).selection)
 
 
 def test_bad_arguments():
