@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 
-from launch import cli, results
+from launch import cli, kernels_page, results
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = ['README.md', 'CONTRIBUTING.md', 'docs/papers.md']
@@ -49,3 +49,17 @@ def test_readme_shows_what_was_recorded():
   shown = (ROOT / 'README.md').read_text().split(results.START)[1].split(results.END)[0].strip()
   recorded = results.FOLDER / 'quickstart.json'
   assert shown == (results.readme_block(json.loads(recorded.read_text())) if recorded.exists() else '')
+
+
+@pytest.mark.parametrize('change, why', [
+  ({}, ''),
+  ({'temp bytes': 5 * 2**30}, 'dsa_attention backward on v6e at 262144/8 is over its limit'),
+  ({'error': 'RESOURCE_EXHAUSTED'}, 'dsa_attention backward on v6e at 262144/8 does not compile'),
+  ({'limit bytes': None}, 'no row of v6e backward'),
+])
+def test_the_claim_about_kernels_needs_every_row(change, why):
+  rows = [{'op': 'dsa_attention', 'direction': direction, 'target': target, 'length': 262144, 'shards': 8,
+           'limit bytes': limit, 'temp bytes': limit} for target in kernels_page.TPUS
+          for direction, limit in kernels_page.LIMITS.items()]
+  rows[3] |= change
+  assert kernels_page.lacks(rows) == why

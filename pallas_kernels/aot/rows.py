@@ -16,7 +16,7 @@ TARGETS = {
 }
 
 # A device of a context-parallel group holds a share of the queries and all keys; what it may then need, in bytes.
-SHARED_OP, SHARED_LENGTH, SHARDS = 'dsa_attention', 262144, 8
+SHARDED_OP, SHARDED_LENGTH, SHARDS = 'dsa_attention', 262144, 8
 LIMITS = {'forward': 2 * 2**30, 'backward': 4 * 2**30}
 
 
@@ -30,7 +30,7 @@ class Row(NamedTuple):
   @property
   def limit(self) -> int | None:
     """Bytes of temporaries that this row may need, where there is a requirement."""
-    required = (self.op, self.length, self.shards) == (SHARED_OP, SHARED_LENGTH, SHARDS)
+    required = (self.op, self.length, self.shards) == (SHARDED_OP, SHARDED_LENGTH, SHARDS)
     return LIMITS[self.direction] if required else None
 
 
@@ -49,6 +49,6 @@ def rows(ops=(), directions=(), targets=(), lengths=()) -> list[Row]:
           if (op, direction) == ('index_select', 'backward'):     # a selection is not differentiated
             continue
           out.append(Row(op, direction, target, length, 1))
-          if (op, length) == (SHARED_OP, SHARED_LENGTH):
+          if (op, length) == (SHARDED_OP, SHARDED_LENGTH):
             out.append(Row(op, direction, target, length, SHARDS))
   return out
