@@ -1,4 +1,6 @@
-"""`keye bench model`: speed of one mid-sized decoder on this machine's CPU, beside transformers if asked.
+"""`keye bench video`: speed of reading clips on one core, beside bare PyAV (launch/bench_video.py).
+
+`keye bench model`: speed of one mid-sized decoder on this machine's CPU, beside transformers if asked.
 
 Hidden 512, 8 layers, 8 query and 2 KV heads of 64, 32 experts of 256 of which 4 a token, vocabulary 8192, float32.
 Both sides do the same work (prefill ends in the last token's logits) in turns; see launch/bench_rounds.py for when the
@@ -39,7 +41,8 @@ CLAIM = 'prefill, training step and greedy decoding on 2 CPU threads are at leas
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('what', choices=('model',))
+  parser.add_argument('what', choices=('model', 'video'))
+  parser.add_argument('--video', action='append', metavar='FILE', help='`video`: read these files; default: real clips')
   parser.add_argument('--peer', choices=('transformers',), help='the other side; needs the extra `parity`')
   parser.add_argument('--peer-python', default=sys.executable, help='interpreter that has the peer')
   parser.add_argument('--threads', type=int, default=2)
@@ -57,6 +60,9 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
     raise InputError(f'keye bench takes no {config_args[0]}')
   if args.rounds < 1 or args.threads < 1:
     raise InputError('keye bench: --rounds and --threads must be at least 1')
+  if args.what == 'video':
+    from launch import bench_video
+    return bench_video.run(args)
   limit_threads(args.threads)
   from launch import bench_model
   tasks = [t for t in TASKS if not args.task or t.name in args.task]
