@@ -11,7 +11,7 @@ import pytest
 from launch import cli, kernels_page, results
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = ['README.md', 'CONTRIBUTING.md', 'docs/papers.md']
+PAGES = ['README.md', 'CONTRIBUTING.md', 'docs/papers.md', 'docs/kernels.md']
 FOLDERS = ('', 'pallas_kernels', 'data_pipelines', 'keye_jax', 'tests/data_pipelines')
 # What the documentation names without promising that it lies in the checkout.
 ELSEWHERE = re.compile(r'runs/|~/|report\.html$|reference\.py$|xla\.py$|tpu\.py$|gpu\.py$|__init__\.py$|utils\.py$')
@@ -49,6 +49,11 @@ def test_readme_shows_what_was_recorded():
   shown = (ROOT / 'README.md').read_text().split(results.START)[1].split(results.END)[0].strip()
   recorded = results.FOLDER / 'quickstart.json'
   assert shown == (results.readme_block(json.loads(recorded.read_text())) if recorded.exists() else '')
+
+
+def test_kernels_page_shows_what_was_recorded():
+  shown = kernels_page.PAGE.read_text().split(kernels_page.START)[1].split(kernels_page.END)[0].strip()
+  assert shown == kernels_page.block(json.loads((results.FOLDER / 'kernels_aot.json').read_text()))
 
 
 @pytest.mark.parametrize('change, why', [
