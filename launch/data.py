@@ -30,8 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   forge.add_argument('--train', type=int, default=2000, help='training clips')
   forge.add_argument('--heldout', type=int, default=300, help='held-out clips')
   forge.add_argument('--images', type=int, default=4000, help='single pictures')
-  forge.add_argument('--brief', type=int, default=0, help='training clips of a few frames')
-  forge.add_argument('--text', type=int, default=0, help='transcripts with questions, without media')
   forge.add_argument('--seed', type=int, default=0)
   words = kinds.add_parser('tokenizer', help='train a small vocabulary; written beside the file')
   words.add_argument('--size', type=int, default=448, help='tokens, special ones included')
@@ -61,8 +59,7 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
     raise InputError(f'{config_args[0]}: there is no --config to override')
   match args.kind:
     case 'frameforge':
-      made = forge(args.out, n_train=args.train, n_heldout=args.heldout, n_images=args.images, n_brief=args.brief,
-                   n_text=args.text, seed=args.seed)
+      made = forge(args.out, n_train=args.train, n_heldout=args.heldout, n_images=args.images, seed=args.seed)
       lines = [f'{args.out}/{kind}.jsonl: {made[kind]["rows"]} rows, {sum(made[kind]["questions"].values())} questions'
                for kind in frameforge.KINDS]
     case 'tokenizer':

@@ -50,7 +50,7 @@ class Clock:
     started = time.monotonic()
     yield
     self.spent.append((name, time.monotonic() - started))
-    print(f'   {self.spent[-1][1]:.1f} s', flush=True)
+    print(f'   {self.spent[-1][1]:.1f} s, {peak_gib():.1f} GiB at most so far', flush=True)
 
   @property
   def total(self) -> float:
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   clear(out)
   stages = {name: recipe.stage(name, str(out)) for name in recipe.STAGES}
   try:
-    clock, evaluated = main(out, stages, recipe.CLIPS, recipe.MIXED, recipe.VOCAB)
+    clock, evaluated = main(out, stages, recipe.CLIPS, recipe.MIXED_IMAGES, recipe.VOCAB)
   except Stopped as e:
     print(f'stopped by signal {e}', file=sys.stderr)
     return 130
@@ -89,9 +89,10 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   return 1 if missed else 0
 
 
-def main(out: pathlib.Path, stages: dict[str, RunConfig], clips: dict[str, int], mixed: dict[str, int],
+def main(out: pathlib.Path, stages: dict[str, RunConfig], clips: dict[str, int], mixed: int,
          vocab: int) -> tuple[Clock, Evaluated]:
   """The job itself; everything it makes lies in `out`."""
+  results.commit()       # now, while the process is small: the peak of a child counts what its parent held at its start
   clock, data = Clock(), out / 'data'
   with clock.stage('Build clips with exact answers from real digits, photographs and videos'):
     build(data, clips, mixed, vocab)
@@ -124,16 +125,11 @@ def clear(out: pathlib.Path) -> None:
   out.mkdir(parents=True)
 
 
-def build(data: pathlib.Path, clips: dict[str, int], mixed: dict[str, int], vocab: int) -> None:
-  """Clips, pictures and transcripts, the mixtures that the stages learn from, and a tokenizer of the training text.
-
-  start.jsonl: all pictures and brief clips; clips.jsonl: all clips, and the first `mixed` of either.
-  """
+def build(data: pathlib.Path, clips: dict[str, int], mixed: int, vocab: int) -> None:
+  """Clips and pictures, the mixture that the video stages learn from, and a tokenizer of the training text."""
   made = frameforge.build(data, **clips)
-  rows = {kind: (data / f'{kind}.jsonl').read_text().splitlines() for kind in ('train', 'images', 'brief')}
-  for name, mixture in (('start', rows['images'] + rows['brief']),
-                        ('clips', rows['train'] + [row for kind, n in mixed.items() for row in rows[kind][:n]])):
-    (data / f'{name}.jsonl').write_text('\n'.join(mixture) + '\n')
+  rows = (data / 'train.jsonl').read_text().splitlines() + (data / 'images.jsonl').read_text().splitlines()[:mixed]
+  (data / 'clips.jsonl').write_text('\n'.join(rows) + '\n')
   words = tokenizer.train_bpe(sources.texts(data / 'train.jsonl'), vocab)
   words.save(data)
   for split in ('train', 'heldout'):

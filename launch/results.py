@@ -1,4 +1,5 @@
 """Evidence files: docs/results/<name>.json, what was claimed and everything needed to check it."""
+import functools
 import importlib.metadata
 import json
 import os
@@ -59,8 +60,9 @@ def command(arguments: Sequence[str]) -> str:
   return ' '.join(['keye', *('='.join(map(short, word.split('='))) for word in arguments)])
 
 
+@functools.cache
 def commit() -> str:
-  """The checked-out commit, with '+changes' when files differ from it; '' outside a checkout."""
+  """The commit checked out at the first call, with '+changes' when files differ from it; '' outside a checkout."""
   def git(*args):
     return subprocess.run(['git', *args], cwd=FOLDER.parent.parent, capture_output=True, text=True).stdout.strip()
   try:

@@ -13,21 +13,18 @@ from PIL import Image
 from data_pipelines.errors import InputError
 from data_pipelines.frameforge import render, script
 
-FORM = 2                 # of the dataset: counted up when the same arguments make other clips
+FORM = 3                 # of the dataset: counted up when the same arguments make other clips
 CHUNK = 50               # clips or pictures of one task for a worker process
 # The first number of a clip's random seed keeps the streams of the three files apart.
-KINDS = {'train': 0, 'heldout': 1, 'images': 2, 'brief': 3, 'text': 4}
-TEXT_STILLS = 0.25       # of the transcripts: those of a picture
+KINDS = {'train': 0, 'heldout': 1, 'images': 2}
 
 
-def build(folder: str | os.PathLike, n_train: int = 2000, n_heldout: int = 300, n_images: int = 4000,
-          n_brief: int = 0, n_text: int = 0, seed: int = 0, side: int = 56, fps: int = 4, processes: int = 2,
-          progress: Callable[[int, int], None] | None = None) -> dict:
+def build(folder: str | os.PathLike, n_train: int = 2000, n_heldout: int = 300, n_images: int = 4000, seed: int = 0,
+          side: int = 56, fps: int = 4, processes: int = 2, progress: Callable[[int, int], None] | None = None) -> dict:
   """Writes clips and pictures with questions, all media side x side pixels and clips at `fps`:
 
   train.jsonl, heldout.jsonl: clips of 4 to 7 seconds, 4 to 6 questions each.
-  images.jsonl, brief.jsonl: single pictures and clips of 2 to 3 seconds of the training split, to begin with.
-  text.jsonl: what could be asked about such pictures and clips, with what they show in words, for a language model.
+  images.jsonl: single pictures of the training split, to begin with.
 
   A row depends on seed, file and its number only, not on the counts nor on `processes`. A folder that holds the same
   build already is left as it is; the file frameforge.json is written last and marks a complete one. `progress` is
@@ -37,8 +34,7 @@ def build(folder: str | os.PathLike, n_train: int = 2000, n_heldout: int = 300, 
   """
   if side % 28 or side < 28 or fps % 2 or fps < 2:
     raise InputError(f'frameforge: side={side} must be a multiple of 28 pixels and fps={fps} an even number')
-  folder, counts = pathlib.Path(folder), {'train': n_train, 'heldout': n_heldout, 'images': n_images, 'brief': n_brief,
-                                         'text': n_text}
+  folder, counts = pathlib.Path(folder), {'train': n_train, 'heldout': n_heldout, 'images': n_images}
   made = {'form': FORM, **counts, 'seed': seed, 'side': side, 'fps': fps}
   done = folder / 'frameforge.json'
   if done.is_file():
@@ -105,33 +101,21 @@ def _each(tasks, processes):
 def _make(task) -> list[dict]:
   kind, numbers, seed, side, fps, folder = task
   media = side, fps, pathlib.Path(folder)
-  one = {'images': _picture, 'text': _transcript}.get(kind, _clip)
+  one = _picture if kind == 'images' else _clip
   return [one(kind, i, np.random.default_rng([seed, KINDS[kind], i]), *media) for i in numbers]
 
 
-def _clip(kind, i, rng, side, fps, folder) -> dict:
-  write, split = (script.write_brief, 'train') if kind == 'brief' else (script.write, kind)
-  plot, name = write(rng), f'{kind}/{i:05d}.mp4'
+def _clip(split, i, rng, side, fps, folder) -> dict:
+  plot, name = script.write(rng), f'{split}/{i:05d}.mp4'
   frames_FHW3, background = render.draw(rng, split, plot.events, plot.length, side, fps)
   render.write_mp4(folder / name, frames_FHW3, fps)
-  return _row(f'{kind}-{i:05d}', '<video>', plot) | {
-      'videos': [name], 'background': background,
-      'events': {'digit': [e.digit for e in plot.events], 'interval': [e.interval for e in plot.events]}}
-
-
-def _transcript(kind, i, rng, *_) -> dict:
-  plot = script.write_still(rng) if rng.random() < TEXT_STILLS else script.write_brief(rng)
-  return _row(f'{kind}-{i:05d}', script.transcript(plot), plot)
-
-
-def _row(name: str, shown: str, plot: script.Script) -> dict:
-  """A row whose questions each see `shown` and themselves."""
   asked = plot.questions
   return {
-      'id': name, 'messages': [{'role': 'user', 'content': shown}],
+      'id': f'{split}-{i:05d}', 'videos': [name], 'messages': [{'role': 'user', 'content': '<video>'}],
       'branches': [[{'role': 'user', 'content': q.text}, {'role': 'assistant', 'content': q.answer}] for q in asked],
       'type': [q.type for q in asked], 'answer': [q.answer for q in asked], 'interval': [q.interval for q in asked],
-      'others': [list(q.others) for q in asked], 'seconds': plot.length * script.HALF}
+      'others': [list(q.others) for q in asked], 'seconds': plot.length * script.HALF, 'background': background,
+      'events': {'digit': [e.digit for e in plot.events], 'interval': [e.interval for e in plot.events]}}
 
 
 def _picture(kind, i, rng, side, fps, folder) -> dict:

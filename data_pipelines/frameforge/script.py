@@ -9,7 +9,6 @@ import numpy as np
 
 HALF = 0.5                     # seconds
 LENGTHS = range(8, 15)         # of a clip
-BRIEF_LENGTHS = range(4, 7)    # of a clip to begin with
 SLOTS = (2, 3, 4)
 PAIR_SHARE = 0.25              # of clips: those with two digits at once
 ALONE, LEFT, RIGHT = range(3)  # where on the screen
@@ -29,7 +28,7 @@ class Event(NamedTuple):
 class Question(NamedTuple):
   type: str                    # digit, count, order, cooccur or ground
   text: str
-  answer: str
+  answer: str                  # of ground: what is asked about, then its interval, "7 2.0 - 3.5"
   interval: list[float] | None = None      # seconds, of the asked event; only for ground
   others: tuple[list[float], ...] = ()     # of the clip's other events; only for ground
 
@@ -50,13 +49,6 @@ def write(rng: np.random.Generator) -> Script:
   return (_pair_clip if paired else _sequence_clip)(rng, length, times)
 
 
-def write_brief(rng: np.random.Generator) -> Script:
-  """A clip of a few frames to begin with: two or three digits, one after the other."""
-  count = int(rng.choice(SLOTS[:-1]))
-  length = int(rng.choice([n for n in BRIEF_LENGTHS if n >= 2 * count - 1]))
-  return _sequence_clip(rng, length, slots(rng, length, count, 1, 2))
-
-
 def write_still(rng: np.random.Generator) -> Script:
   """A single picture: one digit, two side by side, or none."""
   kind, a, b = rng.random(), *map(int, rng.choice(10, 2, replace=False))
@@ -67,15 +59,6 @@ def write_still(rng: np.random.Generator) -> Script:
   else:
     events, answer = (), 'none'
   return Script(1, events, (Question('digit', 'Which digits are shown?', answer),))
-
-
-def transcript(plot: Script) -> str:
-  """What can be seen of a clip, in words: a line for each half second, "0.5: 7"; a picture is its digits alone."""
-  shown = [' and '.join(str(e.digit) for e in plot.events if e.start <= t < e.end) or 'none'
-           for t in range(plot.length)]
-  if plot.length == 1:
-    return shown[0] + '\n'
-  return ''.join(f'{t * HALF:.1f}: {digits}\n' for t, digits in enumerate(shown))
 
 
 def slots(rng: np.random.Generator, length: int, count: int, least: int, most: int) -> list[tuple[int, int]]:
@@ -128,10 +111,6 @@ def _pair_clip(rng, length, times) -> Script:
   return _shuffled(rng, length, tuple(events), questions)
 
 
-def span(event: Event) -> str:
-  return '{:.1f} - {:.1f}'.format(*event.interval)
-
-
 def _end(rng, events) -> Question:
   word, event = ('first', events[0]) if rng.random() < 0.5 else ('last', events[-1])
   return Question('digit', f'Which digit appears {word}?', str(event.digit))
@@ -143,7 +122,8 @@ def _at(rng, event) -> Question:
 
 
 def _when(event, events) -> Question:
-  return Question('ground', f'When does {event.digit} appear?', span(event), event.interval,
+  answer = '{} {:.1f} - {:.1f}'.format(event.digit, *event.interval)
+  return Question('ground', f'When does {event.digit} appear?', answer, event.interval,
                   tuple(o.interval for o in events if o is not event))
 
 

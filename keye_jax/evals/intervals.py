@@ -5,20 +5,20 @@ from typing import NamedTuple
 Interval = tuple[float, float]
 
 _NUMBER = r'\d+(?:\.\d+)?'
-_STRICT = re.compile(rf'({_NUMBER}) - ({_NUMBER})')
+_STRICT = re.compile(rf'(?:\S+ )?({_NUMBER}) - ({_NUMBER})')
 
 
 class Parsed(NamedTuple):
   interval: Interval | None
-  strict: bool                # the answer was exactly "a - b" with a <= b
+  strict: bool                # the answer was exactly "a - b" with a <= b, a word before it allowed
 
 
 def parse(text: str) -> Parsed:
   """Interval of an answer.
 
-  Strict form: "a - b", two numbers of seconds with a <= b, nothing around them but white space. Fallback, not strict:
-  the first two numbers anywhere in the text, in rising order ("from 7.5 to 3 s" is (3.0, 7.5)). Fewer than two
-  numbers: no interval, which scores 0.
+  Strict form: "a - b", two numbers of seconds with a <= b, nothing around them but white space and one word at most,
+  what the interval is of ("7 2.0 - 3.5"). Fallback, not strict: the first two numbers anywhere in the text, in rising
+  order ("from 7.5 to 3 s" is (3.0, 7.5)). Fewer than two numbers: no interval, which scores 0.
   """
   if match := _STRICT.fullmatch(text.strip()):
     start, end = map(float, match.groups())

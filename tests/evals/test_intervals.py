@@ -7,6 +7,8 @@ from keye_jax.evals import intervals
   ('3.5 - 6.0', (3.5, 6.0), True),
   (' 3 - 6\n', (3.0, 6.0), True),
   ('4.0 - 4.0', (4.0, 4.0), True),
+  ('7 2.0 - 3.5', (2.0, 3.5), True),           # what it is of, then the interval
+  ('the 7 2.0 - 3.5', (2.0, 7.0), False),
   ('6.0 - 3.5', (3.5, 6.0), False),            # the wrong way round
   ('3.5-6.0', (3.5, 6.0), False),              # no spaces
   ('3.5 - 6.0 seconds', (3.5, 6.0), False),

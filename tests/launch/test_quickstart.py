@@ -10,7 +10,7 @@ from keye_jax.config import RunConfig, freeze
 from keye_jax.evals.scores import Score
 from launch import quickstart, results
 
-CLIPS = dict(n_train=12, n_heldout=4, n_images=24, n_brief=12, n_text=24, seed=0, processes=1)
+CLIPS = dict(n_train=12, n_heldout=4, n_images=24, seed=0, processes=1)
 
 
 def small(name: str, runs: str) -> RunConfig:
@@ -27,7 +27,7 @@ def small(name: str, runs: str) -> RunConfig:
 def done(tmp_path_factory):
   out = tmp_path_factory.mktemp('quickstart')
   stages = {name: small(name, str(out)) for name in recipe.STAGES}
-  clock, evaluated = quickstart.main(out, stages, CLIPS, dict(images=8, brief=8), recipe.VOCAB)
+  clock, evaluated = quickstart.main(out, stages, CLIPS, 8, recipe.VOCAB)
   return out, clock, evaluated
 
 
