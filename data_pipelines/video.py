@@ -5,7 +5,7 @@ Numbers follow the public serving code of Keye-VL-2.0 (keye_adaptive_video.py).
 Letters: F sampled frames, N frames of the file, H height, W width in pixels.
 """
 import os
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -25,7 +25,6 @@ ADAPTIVE = {
 }
 # Of frames with more than 8 bits a channel; the faster conversion makes them darker by 2 of 255.
 DEEP = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT
-Adaptive = Literal['off', 'paper', 'code']
 
 
 class Turn(NamedTuple):
@@ -80,12 +79,12 @@ def plan_frames(seconds: float, frames: int, height: int, width: int, fps: float
   return Plan(index_F, *_size(len(index_F), height, width, frame_tokens_min, frame_tokens_max, video_tokens, factor))
 
 
-def adaptive_tokens(video_tokens: int, seconds: float, adaptive: Adaptive) -> int:
+def adaptive_tokens(video_tokens: int, seconds: float, adaptive: str) -> int:
   """The share of the token budget for a clip of this length."""
   return int(video_tokens * next((share for longest, share in ADAPTIVE[adaptive] if seconds <= longest), 1.0))
 
 
-def load_video(path: str | os.PathLike, data, factor: int = 28, adaptive: Adaptive = 'off') -> Clip:
+def load_video(path: str | os.PathLike, data, factor: int = 28) -> Clip:
   """Samples, decodes and resizes a clip; `data` is a keye_jax.config.DataConfig or has its sampling fields.
 
   Frames are turned and mirrored as the file says, made of square pixels and resized bicubically. Their times are those
@@ -98,7 +97,7 @@ def load_video(path: str | os.PathLike, data, factor: int = 28, adaptive: Adapti
   """
   limits = containers.Limits(data.max_seconds, data.max_mb, data.max_pixels, data.max_decode_seconds).started()
   times = containers.read_times(path, limits)
-  budget = adaptive_tokens(data.video_tokens, times.seconds, adaptive)
+  budget = adaptive_tokens(data.video_tokens, times.seconds, data.adaptive)
   index_F = _sample(times.seconds, len(times.pts_N), data.fps, data.min_frames, data.frame_tokens_min, budget)
   pts_F, frames_FHW3, good = times.pts_N[index_F], None, []
   to_rgb = VideoReformatter()           # one for all frames: setting up a conversion costs more than a small frame

@@ -125,6 +125,7 @@ class DataConfig:
   pack: bool = True               # several samples in a row, mutually invisible
   grey: bool = False              # blind baseline: every frame is replaced by mid grey
   timestamps: Literal['pts', 'index'] = 'pts'     # time of a frame: the container's, or index / fps as released code
+  adaptive: Literal['off', 'paper', 'code'] = 'off'     # shorter clips get a share of video_tokens: video.ADAPTIVE
   # A medium beyond one of these limits is a counted skip.
   max_seconds: float = 14400.0
   max_mb: int = 16384             # size of the file, in MiB

