@@ -141,7 +141,7 @@ def _messages(messages, where, called='message') -> list[dict]:
       raise InputError(f'{at} must be an object with "role" and "content"')
     kept = {k: v for k, v in message.items() if v is not None}
     if more := [k for k in kept if k not in ('role', 'content')]:
-      raise InputError(f'{at}: "{more[0]}" is not read; put what it says into the content, or remove the key')
+      raise InputError(f'{at}: {json.dumps(more[0])} is not read; put what it says into the content, or remove the key')
     if isinstance(kept.get('content'), list):
       kept['content'] = [_part(p, f'{at}: part {n}') for n, p in enumerate(kept['content'])]
     out.append(kept)
@@ -158,8 +158,8 @@ def _part(part, at) -> dict:
   kept = {k: v for k, v in part.items() if v is not None and (v != '' or k == kind) and k != 'type'}
   names = ('text',) if kind == 'text' else (kind, f'{kind}_url', 'url', 'path')
   if more := [k for k in kept if k not in names]:
-    raise InputError(f'{at}: "{more[0]}" of a {kind} part is not read; how media are sampled is set under data of the '
-                     'config; remove the key')
+    raise InputError(f'{at}: {json.dumps(more[0])} of a {kind} part is not read; how media are sampled is set under '
+                     'data of the config; remove the key')
   if kind == 'text':
     return {'type': 'text', **kept}
   if len(kept) > 1:

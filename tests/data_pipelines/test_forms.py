@@ -184,7 +184,9 @@ NOISE = JSON | st.sampled_from([[ASK, SAY], [[ASK, SAY]], [{'from': 'human', 'va
 
 @hypothesis.settings(deadline=None, derandomize=True, max_examples=200,
                      suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
-@hypothesis.given(st.dictionaries(KEYS | st.text(max_size=3), NOISE, max_size=5))
+@hypothesis.example(raw={'messages': [{'\n': False}]})
+@hypothesis.example(raw={'messages': [{'role': 'user', 'content': [{'type': 'text', 'a\nb': 1}]}]})
+@hypothesis.given(raw=st.dictionaries(KEYS | st.text(max_size=3), NOISE, max_size=5))
 def test_any_object_is_a_row_or_a_bad_row(anywhere, raw):
   before = repr(raw)
   try:
