@@ -66,9 +66,9 @@ def stage(name: str, runs: str = RUNS) -> RunConfig:
 
   match name:
     case 'images':
-      return run(data=dict(path=f'{runs}/data/images.jsonl'), optimizer=dict(final_fraction=0.3), steps=250)
+      return run(data=dict(path=f'{runs}/data/images.jsonl'), optimizer=dict(final_fraction=0.3), steps=120)
     case 'video':
-      return run('images', steps=1600)
+      return run('images', steps=1500)
     case 'indexer':
       return run('video', 'warmup', optimizer=dict(learning_rate=3e-4, final_fraction=1.0), steps=80)
     case 'sparse':
