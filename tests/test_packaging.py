@@ -62,6 +62,6 @@ def test_every_package_of_the_tree_is_installed(metadata):
 
 def test_extras_and_entry_point(metadata):
   assert set(metadata['extras_require']) == {'test', 'aot', 'parity', 'tpu', 'gpu', 'cluster', 'demo'}
-  assert metadata['entry_points'] == {'console_scripts': ['keye = launch.cli:main']}
+  assert metadata['entry_points'] == {'console_scripts': ['keye = launch.cli:entry']}
   from launch import cli
-  assert callable(cli.main)
+  assert callable(cli.entry)
