@@ -66,7 +66,7 @@ def stage(name: str, runs: str = RUNS) -> RunConfig:
 
   match name:
     case 'images':
-      return run(data=dict(path=f'{runs}/data/images.jsonl'), optimizer=dict(final_fraction=0.3), steps=120)
+      return run(data=dict(path=f'{runs}/data/images.jsonl'), optimizer=dict(final_fraction=0.3), steps=320)
     case 'video':
       return run('images', steps=1500)
     case 'indexer':
