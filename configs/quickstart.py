@@ -38,13 +38,13 @@ MODEL = ModelConfig(
     text=TextConfig(
         layers=3, embed=128, heads=4, kv_heads=2, head_dim=32, vocab=VOCAB, ffn=64, experts=8, experts_per_token=2,
         rope_theta=1e4, mrope_section=(6, 5, 5), max_position=1024, tied_head=True,
-        # A clip is 53 to 89 tokens and a question about 15 more: each query attends to a quarter of them at most.
+        # A clip is 53 to 89 tokens, a question about 15 more: each query attends to a quarter of them at most.
         indexer=IndexerConfig(heads=4, head_dim=32, topk=16)),
     vision=VisionConfig(layers=2, embed=64, heads=4, ffn=128, image=56, packing_positions=16),
     attention='dense')
 # One vision row a frame: its 16 patches attend to each other alone.
 DATA = DataConfig(
-    tokens=200, vision_rows=14, vision_patches=16, fps=2.0, min_frames=2, frame_tokens_min=4, frame_tokens_max=4,
+    tokens=240, vision_rows=14, vision_patches=16, fps=2.0, min_frames=2, frame_tokens_min=4, frame_tokens_max=4,
     video_tokens=64, image_tokens_min=4, image_tokens_max=4, cache_mb=1024)
 OPTIMIZER = OptimizerConfig(
     name='muon', learning_rate=5e-3, final_fraction=0.05, schedule='linear', warmup_steps=20, weight_decay=0.0,
@@ -66,7 +66,7 @@ def stage(name: str, runs: str = RUNS) -> RunConfig:
 
   match name:
     case 'images':
-      return run(data=dict(path=f'{runs}/data/images.jsonl'), optimizer=dict(final_fraction=0.3), steps=320)
+      return run(data=dict(path=f'{runs}/data/images.jsonl'), optimizer=dict(final_fraction=0.3), steps=120)
     case 'video':
       return run('images', steps=1500)
     case 'indexer':

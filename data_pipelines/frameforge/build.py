@@ -13,7 +13,7 @@ from PIL import Image
 from data_pipelines.errors import InputError
 from data_pipelines.frameforge import render, script
 
-FORM = 3                 # of the dataset: counted up when the same arguments make other clips
+FORM = 4                 # of the dataset: counted up when the same arguments make other clips
 CHUNK = 50               # clips or pictures of one task for a worker process
 # The first number of a clip's random seed keeps the streams of the three files apart.
 KINDS = {'train': 0, 'heldout': 1, 'images': 2}
@@ -23,7 +23,8 @@ def build(folder: str | os.PathLike, n_train: int = 2000, n_heldout: int = 300, 
           side: int = 56, fps: int = 4, processes: int = 2, progress: Callable[[int, int], None] | None = None) -> dict:
   """Writes clips and pictures with questions, all media side x side pixels and clips at `fps`:
 
-  train.jsonl, heldout.jsonl: clips of 4 to 7 seconds, 4 to 6 questions each.
+  train.jsonl, heldout.jsonl: clips of 4 to 7 seconds, 4 to 6 questions each; in train.jsonl one more asks for all
+  events.
   images.jsonl: single pictures of the training split, to begin with.
 
   A row depends on seed, file and its number only, not on the counts nor on `processes`. A folder that holds the same
@@ -106,7 +107,7 @@ def _make(task) -> list[dict]:
 
 
 def _clip(split, i, rng, side, fps, folder) -> dict:
-  plot, name = script.write(rng), f'{split}/{i:05d}.mp4'
+  plot, name = script.write(rng, teach=split == 'train'), f'{split}/{i:05d}.mp4'
   frames_FHW3, background = render.draw(rng, split, plot.events, plot.length, side, fps)
   render.write_mp4(folder / name, frames_FHW3, fps)
   asked = plot.questions

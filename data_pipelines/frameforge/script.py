@@ -26,7 +26,7 @@ class Event(NamedTuple):
 
 
 class Question(NamedTuple):
-  type: str                    # digit, count, order, cooccur or ground
+  type: str                    # digit, count, order, cooccur, ground or list
   text: str
   answer: str                  # of ground: what is asked about, then its interval, "7 2.0 - 3.5"
   interval: list[float] | None = None      # seconds, of the asked event; only for ground
@@ -39,14 +39,19 @@ class Script(NamedTuple):
   questions: tuple[Question, ...]
 
 
-def write(rng: np.random.Generator) -> Script:
-  """A clip with its questions. An event lasts 10-25% of the clip."""
+def write(rng: np.random.Generator, teach: bool = False) -> Script:
+  """A clip with its questions. An event lasts 10-25% of the clip.
+
+  teach: ask for all events as well. Each of them is a match of a digit and its time for the price of a few tokens, and
+  that match is what takes longest to learn (docs/main_job.md).
+  """
   paired = rng.random() < PAIR_SHARE
   count = int(rng.choice(SLOTS[:-1] if paired else SLOTS))
   # Events of two half seconds, and one between them, must fit.
   length = int(rng.choice([n for n in LENGTHS if n >= 3 * count - 1]))
   times = slots(rng, length, count, 2, length // 4)
-  return (_pair_clip if paired else _sequence_clip)(rng, length, times)
+  plot = (_pair_clip if paired else _sequence_clip)(rng, length, times)
+  return _with_list(rng, plot) if teach else plot
 
 
 def write_still(rng: np.random.Generator) -> Script:
@@ -122,9 +127,20 @@ def _at(rng, event) -> Question:
 
 
 def _when(event, events) -> Question:
-  answer = '{} {:.1f} - {:.1f}'.format(event.digit, *event.interval)
-  return Question('ground', f'When does {event.digit} appear?', answer, event.interval,
+  return Question('ground', f'When does {event.digit} appear?', _said(event), event.interval,
                   tuple(o.interval for o in events if o is not event))
+
+
+def _with_list(rng, plot: Script) -> Script:
+  """Events by digit, not by time: what comes next must be found by its digit."""
+  events = sorted(plot.events, key=lambda e: (e.digit, e.start))
+  asked = Question('list', 'When does each digit appear?', ', '.join(map(_said, events)))
+  at = int(rng.integers(len(plot.questions) + 1))
+  return plot._replace(questions=(*plot.questions[:at], asked, *plot.questions[at:]))
+
+
+def _said(event) -> str:
+  return '{} {:.1f} - {:.1f}'.format(event.digit, *event.interval)
 
 
 def _order(a: Event, b: Event) -> Question:

@@ -64,6 +64,8 @@ def solve(question, plot):
     return 'before' if first(digits[0]) < first(digits[1]) else 'after'
   if text.startswith('Are'):
     return 'yes' if any(set(digits) <= shown for shown in screen) else 'no'
+  if text == 'When does each digit appear?':
+    return ', '.join(f'{d} {s / 2:.1f} - {e / 2:.1f}' for d, s, e in sorted((d, s, e) for s, e, d in appear))
   assert text.startswith('When does')
   (start, end), = ((s, e) for s, e, x in appear if x == digits[0])
   return f'{digits[0]} {start / 2:.1f} - {end / 2:.1f}'
@@ -74,6 +76,16 @@ def test_answers_follow_from_the_events(scripts):
     assert 4 <= len(plot.questions) <= 8
     for question in plot.questions:
       assert solve(question, plot) == question.answer, (question, plot.events)
+
+
+def test_training_asks_for_all_events_as_well(scripts, folder):
+  for i, plot in enumerate(scripts[:200]):
+    taught = script.write(np.random.default_rng([0, 1, i]), teach=True)
+    more, = [q for q in taught.questions if q.type == 'list']
+    assert solve(more, taught) == more.answer
+    assert taught._replace(questions=tuple(q for q in taught.questions if q is not more)) == plot
+  assert all(row['type'].count('list') == 1 for row in rows(folder, 'train'))
+  assert not any('list' in row['type'] for row in rows(folder, 'heldout'))
 
 
 def test_events(scripts):
