@@ -57,6 +57,27 @@ def constrain(x: jax.Array, layout: str, *axes: str | None) -> jax.Array:
   return jax.sharding.reshard(x, spec(layout, *axes)) if has_mesh() else x
 
 
+def constrain_batch(batch, layout: str):
+  """A `Batch`, each array resharded to `batch_axes`."""
+  return type(batch)(*(constrain(x, layout, *batch_axes(name, x.ndim)) for name, x in zip(batch._fields, batch)))
+
+
+def batch_axes(name: str, ndim: int) -> tuple[str | None, ...]:
+  """Logical axes of an array of a `Batch`, from its name: ('batch', 'seq', ...) for `_BT...`, else ('batch', ...)."""
+  axes = ('batch', 'seq') if '_BT' in name else ('batch',)
+  return axes + (None,) * (ndim - len(axes))
+
+
+def like(x: jax.Array, other: jax.Array) -> jax.Array:
+  """`x` resharded as `other` of the same rank is."""
+  return jax.sharding.reshard(x, jax.typeof(other).sharding.spec) if has_mesh() else x
+
+
+def append(old: jax.Array, new: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
+  """`old` with `new` written from `slot` on along `axis`, an axis that is not sharded in `old`."""
+  return jax.lax.dynamic_update_slice_in_dim(old, like(new.astype(old.dtype), old), slot, axis)
+
+
 def out(layout: str, *axes: str | None) -> P | None:
   """The `out_sharding=` of an einsum."""
   return spec(layout, *axes) if has_mesh() else None
