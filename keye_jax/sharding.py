@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -31,13 +32,17 @@ def has_mesh() -> bool:
   return not jax.sharding.get_abstract_mesh().empty
 
 
-def use_mesh(mesh: MeshConfig) -> None:
-  """Sets the mesh for the process; the only place that does. Raises ValueError when the devices do not fill it."""
+def use_mesh(mesh: MeshConfig, devices: list | None = None) -> None:
+  """Sets the mesh for the process; the only place that does. devices: default those of jax, else of a topology that
+  is compiled for. Raises ValueError when they do not fill the mesh."""
   shape = (mesh.data, mesh.context, mesh.expert)
-  need, have = mesh.data * mesh.context * mesh.expert, jax.device_count()
+  devices = jax.devices() if devices is None else devices
+  need, have = mesh.data * mesh.context * mesh.expert, len(devices)
   if need > have:
     raise ValueError(f'mesh data x context x expert = {shape} needs {need} devices, there are {have}')
-  jax.set_mesh(jax.make_mesh(shape, AXES, (AxisType.Explicit,) * 3, devices=jax.devices()[:need]))
+  # an axis gets dimensions of the torus of its own where the shape allows it; v6e:16x16 has no 8 without a split
+  placed = mesh_utils.create_device_mesh(shape, devices[:need], allow_split_physical_axes=True)
+  jax.set_mesh(jax.sharding.Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * 3))
 
 
 def extent(layout: str, axis: str) -> int:
