@@ -72,7 +72,8 @@ def traced(config: RunConfig, what: str = 'train') -> Program:
   if what == 'prefill':
     read = functools.partial(sampler.prefill, model, slots=T, sampling=sampler.GREEDY)
     trace = jax.jit(lambda params, batch, last, key: read(params, batch, last, key=key)).trace(params, batch, last, key)
-    return Program(trace, {'parameters': params, 'batch': batch}, costs.rules(model), forward_flops(config))
+    unread = B * (T - 1) * counts.flops_per_token(model, T)['head']      # logits of the last token alone
+    return Program(trace, {'parameters': params, 'batch': batch}, costs.rules(model), forward_flops(config) - unread)
   cache, front = jax.tree.map(_placed, jax.eval_shape(
       functools.partial(sampler.prefill, model, slots=T, sampling=sampler.GREEDY), params, batch, last, key=key))
   one = functools.partial(sampler.step, model, stop=(), sampling=sampler.GREEDY)
