@@ -36,8 +36,7 @@ def place(layout: str, batch: Batch, index: int, count: int) -> Batch:
 
   def one(name: str, local: np.ndarray) -> jax.Array:
     first = index * len(local)
-    axes = ('batch', 'seq') if '_BT' in name else ('batch',)
-    where = _sharding(layout, axes + (None,) * (local.ndim - len(axes)))
+    where = _sharding(layout, sharding.batch_axes(name, local.ndim))
 
     def read(index):
       rows = index[0].indices(len(local) * count)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -31,13 +32,17 @@ def has_mesh() -> bool:
   return not jax.sharding.get_abstract_mesh().empty
 
 
-def use_mesh(mesh: MeshConfig) -> None:
-  """Sets the mesh for the process; the only place that does. Raises ValueError when the devices do not fill it."""
+def use_mesh(mesh: MeshConfig, devices: list | None = None) -> None:
+  """Sets the mesh for the process; the only place that does. devices: default those of jax, else of a topology that
+  is compiled for. Raises ValueError when they do not fill the mesh."""
   shape = (mesh.data, mesh.context, mesh.expert)
-  need, have = mesh.data * mesh.context * mesh.expert, jax.device_count()
+  devices = jax.devices() if devices is None else devices
+  need, have = mesh.data * mesh.context * mesh.expert, len(devices)
   if need > have:
     raise ValueError(f'mesh data x context x expert = {shape} needs {need} devices, there are {have}')
-  jax.set_mesh(jax.make_mesh(shape, AXES, (AxisType.Explicit,) * 3, devices=jax.devices()[:need]))
+  # an axis gets dimensions of the torus of its own where the shape allows it; v6e:16x16 has no 8 without a split
+  placed = mesh_utils.create_device_mesh(shape, devices[:need], allow_split_physical_axes=True)
+  jax.set_mesh(jax.sharding.Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * 3))
 
 
 def extent(layout: str, axis: str) -> int:
@@ -55,6 +60,27 @@ def spec(layout: str, *axes: str | None) -> P:
 def constrain(x: jax.Array, layout: str, *axes: str | None) -> jax.Array:
   """`x` resharded to its logical axes."""
   return jax.sharding.reshard(x, spec(layout, *axes)) if has_mesh() else x
+
+
+def constrain_batch(batch, layout: str):
+  """A `Batch`, each array resharded to `batch_axes`."""
+  return type(batch)(*(constrain(x, layout, *batch_axes(name, x.ndim)) for name, x in zip(batch._fields, batch)))
+
+
+def batch_axes(name: str, ndim: int) -> tuple[str | None, ...]:
+  """Logical axes of an array of a `Batch`, from its name: ('batch', 'seq', ...) for `_BT...`, else ('batch', ...)."""
+  axes = ('batch', 'seq') if '_BT' in name else ('batch',)
+  return axes + (None,) * (ndim - len(axes))
+
+
+def like(x: jax.Array, other: jax.Array) -> jax.Array:
+  """`x` resharded as `other` of the same rank is."""
+  return jax.sharding.reshard(x, jax.typeof(other).sharding.spec) if has_mesh() else x
+
+
+def append(old: jax.Array, new: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
+  """`old` with `new` written from `slot` on along `axis`, an axis that is not sharded in `old`."""
+  return jax.lax.dynamic_update_slice_in_dim(old, like(new.astype(old.dtype), old), slot, axis)
 
 
 def out(layout: str, *axes: str | None) -> P | None:

@@ -17,6 +17,7 @@ from data_pipelines.errors import InputError
 COMMANDS = {
     'quickstart': ('launch.quickstart', 'data, training, evaluation, an answer about a clip and an export, on a CPU'),
     'describe': ('launch.describe', 'parameters, bytes and FLOPs of a config, without allocating it'),
+    'plan': ('launch.plan', 'what a run needs of TPUs that are not here, compiled ahead of time'),
     'data': ('launch.data', 'make or check a dataset'),
     'train': ('launch.train', 'train or fine-tune a model; run again to go on'),
     'evaluate': ('launch.evaluate', 'score a model on a question file beside trivial baselines'),

@@ -8,10 +8,10 @@ import shlex
 
 import pytest
 
-from launch import cli, kernels_page, results
+from launch import cli, kernels_page, results, scale_page
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = ['README.md', 'CONTRIBUTING.md', 'docs/papers.md', 'docs/kernels.md']
+PAGES = ['README.md', 'CONTRIBUTING.md', 'docs/papers.md', 'docs/kernels.md', 'docs/scale.md']
 FOLDERS = ('', 'pallas_kernels', 'data_pipelines', 'keye_jax', 'tests/data_pipelines')
 # What the documentation names without promising that it lies in the checkout.
 ELSEWHERE = re.compile(r'runs/|~/|report\.html$|reference\.py$|xla\.py$|tpu\.py$|gpu\.py$|__init__\.py$|utils\.py$')
@@ -54,6 +54,11 @@ def test_readme_shows_what_was_recorded():
 def test_kernels_page_shows_what_was_recorded():
   shown = kernels_page.PAGE.read_text().split(kernels_page.START)[1].split(kernels_page.END)[0].strip()
   assert shown == kernels_page.block(json.loads((results.FOLDER / 'kernels_aot.json').read_text()))
+
+
+def test_scale_page_shows_what_was_recorded():
+  shown = scale_page.PAGE.read_text().split(scale_page.START)[1].split(scale_page.END)[0].strip()
+  assert shown == scale_page.block(json.loads((results.FOLDER / 'scale.json').read_text()))
 
 
 @pytest.mark.parametrize('change, why', [

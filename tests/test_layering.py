@@ -12,13 +12,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 # except across the two packages of the lowest layer, which know nothing of each other.
 LAYERS = [
   ['pallas_kernels', 'data_pipelines'],
-  ['keye_jax.config', 'keye_jax.sharding'],
+  ['keye_jax.config', 'keye_jax.sharding', 'keye_jax.jaxpr_costs', 'keye_jax.chips'],
   ['keye_jax.nn'],
   ['keye_jax.objectives'],
   ['keye_jax.steps'],
   ['keye_jax.checkpoint', 'keye_jax.metrics', 'keye_jax.run_folder', 'keye_jax.hf'],
   ['keye_jax.rollout', 'keye_jax.evals'],
-  ['keye_jax.loop', 'keye_jax.begin', 'keye_jax.feed', 'keye_jax.meter', 'keye_jax.api'],
+  ['keye_jax.loop', 'keye_jax.begin', 'keye_jax.feed', 'keye_jax.meter', 'keye_jax.api',
+   'keye_jax.planning'],
   ['configs'],
   ['launch'],
 ]

@@ -99,7 +99,7 @@ class Attention(nn.Module):
       index = Indexer(c, name='indexer')(x_BTD, ctx.index_cos_BTF, ctx.index_sin_BTF)
     new = KV(k_BTGK, v_BTGK, index[1] if index else None)
     keys = new if cache is None else jax.tree.map(
-        lambda old, token: jax.lax.dynamic_update_slice_in_dim(old, token.astype(old.dtype), ctx.slot, 1), cache, new)
+        lambda old, token: sharding.append(old, token, ctx.slot, 1), cache, new)
     o_BTHK, kl_BT = attend(c, q_BTHK, keys, index, ctx)
     y_BTD = layers.project(o_BTHK, o_HKD, 2)
     return y_BTD, kl_BT, new

@@ -81,8 +81,8 @@ def run(config: ModelConfig, layer_params, x_BTD, position_BT3, segment_BT, orde
     key_segment_BS, key_order_BS, slot = segment_BT, order_BT, None
   else:
     slot = cache.used
-    key_segment_BS = jax.lax.dynamic_update_slice_in_dim(cache.segment_BS, segment_BT, slot, 1)
-    key_order_BS = jax.lax.dynamic_update_slice_in_dim(cache.order_BS, order_BT, slot, 1)
+    key_segment_BS = sharding.append(cache.segment_BS, segment_BT, slot, 1)
+    key_order_BS = sharding.append(cache.order_BS, order_BT, slot, 1)
   ctx = Context(cos_BTF, sin_BTF, icos_BTF, isin_BTF, segment_BT, order_BT, key_segment_BS, key_order_BS, slot)
 
   def block(x_BTD, inputs):
@@ -136,7 +136,7 @@ def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
 
 def extend(cache: Cache, kv: KV, segment_BT: jax.Array, order_BT: jax.Array) -> Cache:
   """The cache with the tokens of a pass appended."""
-  put = jax.lax.dynamic_update_slice_in_dim
-  return Cache(jax.tree.map(lambda old, new: put(old, new.astype(old.dtype), cache.used, 2), cache.kv, kv),
+  put = sharding.append
+  return Cache(jax.tree.map(lambda old, new: put(old, new, cache.used, 2), cache.kv, kv),
                put(cache.segment_BS, segment_BT, cache.used, 1), put(cache.order_BS, order_BT, cache.used, 1),
                cache.used + segment_BT.shape[1])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.schema import Batch
+from keye_jax import sharding
 from keye_jax.config import ModelConfig
 from keye_jax.nn import decoder, head, keye
 
@@ -43,29 +44,41 @@ class Samples(NamedTuple):
   length_BQ: np.ndarray
 
 
-def draw(logits_BQV: jax.Array, sampling: Sampling, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(token_BQ, logp_BQ)."""
-  logp_BQV = jax.nn.log_softmax(logits_BQV)
-  if sampling.temperature == 0:
-    token_BQ = jnp.argmax(logits_BQV, -1).astype(jnp.int32)
-  else:
-    z_BQV = logits_BQV / sampling.temperature
-    if sampling.top_k or sampling.top_p < 1:
-      order_BQV = jnp.argsort(-z_BQV, axis=-1)
-      sorted_BQV = jnp.take_along_axis(z_BQV, order_BQV, -1)
-      p_BQV = jax.nn.softmax(sorted_BQV)
-      rank_V = jnp.arange(z_BQV.shape[-1])
-      keep_BQV = jnp.cumsum(p_BQV, -1) - p_BQV < sampling.top_p     # the first token is always kept
-      keep_BQV &= rank_V < (sampling.top_k or z_BQV.shape[-1])
-      pick_BQ = jax.random.categorical(key, jnp.where(keep_BQV, sorted_BQV, -jnp.inf))
-      token_BQ = jnp.take_along_axis(order_BQV, pick_BQ[..., None], -1)[..., 0].astype(jnp.int32)
+def draw(layout: str, logits_BQV: jax.Array, sampling: Sampling, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(token_BQ, logp_BQ). The noise is drawn for the whole batch, so a mesh does not change what is sampled."""
+  noise = jax.random.gumbel(key, logits_BQV.shape) if sampling.temperature else None
+  rows = ('batch', None, None)
+
+  def fn(logits_BQV, *noise_BQV):
+    logp_BQV = jax.nn.log_softmax(logits_BQV)
+    if not noise_BQV:
+      token_BQ = jnp.argmax(logits_BQV, -1)
     else:
-      token_BQ = jax.random.categorical(key, z_BQV).astype(jnp.int32)
-  return token_BQ, jnp.take_along_axis(logp_BQV, token_BQ[..., None], -1)[..., 0]
+      z_BQV = logits_BQV / sampling.temperature
+      if cut := sampling.top_k or sampling.top_p < 1:
+        order_BQV = jnp.argsort(-z_BQV, axis=-1)
+        z_BQV = jnp.take_along_axis(z_BQV, order_BQV, -1)
+        p_BQV = jax.nn.softmax(z_BQV)
+        keep_BQV = jnp.cumsum(p_BQV, -1) - p_BQV < sampling.top_p     # the first token is always kept
+        keep_BQV &= jnp.arange(z_BQV.shape[-1]) < (sampling.top_k or z_BQV.shape[-1])
+        z_BQV = jnp.where(keep_BQV, z_BQV, -jnp.inf)
+      token_BQ = jnp.argmax(z_BQV + noise_BQV[0], -1)
+      if cut:
+        token_BQ = jnp.take_along_axis(order_BQV, token_BQ[..., None], -1)[..., 0]
+    token_BQ = token_BQ.astype(jnp.int32)
+    return token_BQ, jnp.take_along_axis(logp_BQV, token_BQ[..., None], -1)[..., 0]
+
+  arrays = [sharding.constrain(x, layout, *rows) for x in (logits_BQV, noise) if x is not None]
+  return sharding.local(fn, layout, (rows,) * len(arrays), (rows[:2], rows[:2]))(*arrays)
 
 
 def is_stop(token_BQ, stop: tuple[int, ...]):
   return (token_BQ[..., None] == jnp.asarray(stop, jnp.int32)).any(-1) if stop else jnp.zeros(token_BQ.shape, bool)
+
+
+def constrain_rows(config: ModelConfig, x: jax.Array) -> jax.Array:
+  """`x`, which leads with B, with its rows sharded and all other axes whole."""
+  return sharding.constrain(x, config.layout, 'batch', *(None,) * (x.ndim - 1))
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'slots', 'sampling'))
@@ -74,11 +87,18 @@ def prefill(config: ModelConfig, params, batch: Batch, last_BQ, slots: int, samp
 
   last_BQ: place in the row of each branch's last prompt token; -1 where a row has fewer branches.
   """
+  batch, last_BQ = sharding.constrain_batch(batch, config.layout), constrain_rows(config, last_BQ)
   out = keye.apply(config, params, batch, keep_kv=True)
   cache = decoder.extend(decoder.empty_cache(config, len(batch.token_BT), slots), out.kv, batch.segment_BT,
                          batch.order_BT)
-  at = lambda a: jax.vmap(lambda row, i: row[i])(a, jnp.maximum(last_BQ, 0))
-  token_BQ, logp_BQ = draw(head.logits(at(out.hidden_BTD), out.head_DV), sampling, key)
+
+  def at(a):
+    """Entries of [B, T, ...] at the last places: [B, Q, ...]. Each device reads its own rows, whole."""
+    axes = ('batch',) + (None,) * (a.ndim - 1)
+    read = sharding.local(jax.vmap(lambda row, i: row[i]), config.layout, (axes, ('batch', None)), axes)
+    return read(constrain_rows(config, a), jnp.maximum(last_BQ, 0))
+
+  token_BQ, logp_BQ = draw(config.layout, head.logits(at(out.hidden_BTD), out.head_DV), sampling, key)
   segment_BQ = jnp.where(last_BQ < 0, 0, at(batch.segment_BT))
   return cache, Frontier(token_BQ, logp_BQ, at(batch.position_BT3) + 1, segment_BQ, at(batch.order_BT) + 1)
 
@@ -92,9 +112,9 @@ def step(config: ModelConfig, params, cache: decoder.Cache, front: Frontier, sto
   batch = Batch(front.token_BQ, front.token_BQ, jnp.zeros((B, Q)), front.position_BQ3, segment_BQ, front.order_BQ,
                 jnp.full((B, Q), -1, jnp.int32), jnp.zeros((B, 0, 0, v.patch_dim), jnp.uint8),
                 jnp.zeros((B, 0, 0, 4), jnp.int32), jnp.zeros((B, 0, 0), jnp.int32))
-  out = keye.apply(config, params, batch, cache)
+  out = keye.apply(config, params, sharding.constrain_batch(batch, config.layout), cache)
   cache = decoder.extend(cache, out.kv, segment_BQ, front.order_BQ)
-  token_BQ, logp_BQ = draw(head.logits(out.hidden_BTD, out.head_DV), sampling, key)
+  token_BQ, logp_BQ = draw(config.layout, head.logits(out.hidden_BTD, out.head_DV), sampling, key)
   return cache, Frontier(token_BQ, logp_BQ, front.position_BQ3 + 1, segment_BQ, front.order_BQ + 1)
 
 
@@ -123,6 +143,7 @@ def decode(config: ModelConfig, params, cache: decoder.Cache, front: Frontier, n
     return cache, front, record(out, front, n), n + 1
 
   empty = jnp.zeros((B, Q, new_tokens), jnp.int32), jnp.zeros((B, Q, new_tokens)), jnp.zeros((B, Q), jnp.int32)
+  empty = jax.tree.map(functools.partial(constrain_rows, config), empty)
   _, _, out, _ = jax.lax.while_loop(more, body, (cache, front, record(empty, front, 0), jnp.ones((), jnp.int32)))
   return out
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tiles
+from pallas_kernels.equation import equation
 from pallas_kernels.mask import NEG_INF, visible
 
 SMALL = 512                # rows with at most this many keys are one tile
@@ -30,6 +31,23 @@ def _attention(q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k
 
 
 def _forward(q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, causal, scale):
+  arrays = q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS
+  o_BTHK, lse_BTH = named('forward', causal, functools.partial(_forward_all, causal, scale), arrays)(*arrays)
+  return (o_BTHK, lse_BTH), (*arrays, o_BTHK, lse_BTH)
+
+
+def _backward(causal, scale, saved, cotangents):
+  grads = named('backward', causal, functools.partial(_backward_all, causal, scale), saved)(*saved, cotangents[0])
+  return *grads, None, None, None, None
+
+
+def named(direction: str, causal: bool, fn, arrays):
+  (B, T, H, K), (_, S, G, _) = arrays[0].shape, arrays[1].shape
+  name = f'dense_attention_{direction}' + ('' if causal else '_full')
+  return equation(name, fn, B=B, T=T, H=H, K=K, S=S, G=G, width=arrays[0].dtype.itemsize)
+
+
+def _forward_all(causal, scale, q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS):
   T, H, G = q_BTHK.shape[1], q_BTHK.shape[2], k_BSGK.shape[2]
   S = k_BSGK.shape[1]
   small = is_small(T, S)
@@ -38,14 +56,11 @@ def _forward(q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_o
             q_segment_BT, k_segment_BS, q_order_BT, k_order_BS)
   o_BGNK, lse_BGN = tiles.over_rows(functools.partial(row, causal=causal, scale=scale), arrays,
                                     loop=not small or H * T * S >= tiles.MANY)
-  o_BTHK, lse_BTH = tiles.unstack_heads(o_BGNK.astype(q_BTHK.dtype), T), tiles.unstack_heads(lse_BGN, T)
-  return (o_BTHK, lse_BTH), (q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, o_BTHK,
-                             lse_BTH)
+  return tiles.unstack_heads(o_BGNK.astype(q_BTHK.dtype), T), tiles.unstack_heads(lse_BGN, T)
 
 
-def _backward(causal, scale, saved, cotangents):
-  q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, o_BTHK, lse_BTH = saved
-  do_BTHK, _ = cotangents
+def _backward_all(causal, scale, q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, o_BTHK,
+                  lse_BTH, do_BTHK):
   T, H, G, S = q_BTHK.shape[1], q_BTHK.shape[2], k_BSGK.shape[2], k_BSGK.shape[1]
   delta_BTH = (do_BTHK.astype(jnp.float32) * o_BTHK.astype(jnp.float32)).sum(-1)
   stack = functools.partial(tiles.stack_heads, G=G)
@@ -56,7 +71,7 @@ def _backward(causal, scale, saved, cotangents):
   dq, dk, dv = tiles.over_rows(functools.partial(row, causal=causal, scale=scale), arrays,
                                loop=not small or H * T * S >= tiles.MANY)
   return (tiles.unstack_heads(dq, T).astype(q_BTHK.dtype), dk.swapaxes(1, 2).astype(k_BSGK.dtype),
-          dv.swapaxes(1, 2).astype(v_BSGK.dtype), None, None, None, None)
+          dv.swapaxes(1, 2).astype(v_BSGK.dtype))
 
 
 _attention.defvjp(_forward, _backward)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels import tiles
 from pallas_kernels.dsa_attention.output import DSAOutput
 from pallas_kernels.dsa_attention.row import Options, Row
+from pallas_kernels.equation import equation
 
 
 class Passes(NamedTuple):
@@ -44,7 +45,8 @@ def _attention(passes, options, rows: Row, selection):
 
 
 def _forward(passes, options, rows: Row, selection):
-  o_BGNK, lse_BGN, kl_BT, index_lse_BT, selection = passes.forward(options, rows, selection)
+  forward = named('forward', options, functools.partial(passes.forward, options), rows)
+  o_BGNK, lse_BGN, kl_BT, index_lse_BT, selection = forward(rows, selection)
   o_BGNK = o_BGNK.astype(rows.q_GNK.dtype)
   return (o_BGNK, lse_BGN, kl_BT, selection), (rows, o_BGNK, lse_BGN, index_lse_BT, selection)
 
@@ -53,9 +55,16 @@ def _backward(passes, options, saved, cotangents):
   rows, o_BGNK, lse_BGN, index_lse_BT, selection = saved
   do_BGNK, _, dkl_BT, _ = cotangents
   delta_BGN = (do_BGNK.astype(jnp.float32) * o_BGNK.astype(jnp.float32)).sum(-1)
-  grads = passes.backward(options, rows, selection, index_lse_BT, lse_BGN, delta_BGN, do_BGNK, dkl_BT)
+  backward = named('backward', options, functools.partial(passes.backward, options), rows)
+  grads = backward(rows, selection, index_lse_BT, lse_BGN, delta_BGN, do_BGNK, dkl_BT)
   grads = [g.astype(x.dtype) for g, x in zip(grads, rows)]
   return Row(*grads, None, None, None, None), None
+
+
+def named(direction: str, options: Options, fn: Callable, rows: Row) -> Callable:
+  (B, G, N, K), (_, I, T, J) = rows.q_GNK.shape, rows.iq_ITJ.shape
+  return equation(f'dsa_attention_{direction}' + ('_kl' if options.want_kl else ''), fn, B=B, G=G, N=N, K=K,
+                  S=rows.k_GSK.shape[2], I=I, T=T, J=J, width=rows.q_GNK.dtype.itemsize)
 
 
 _attention.defvjp(_forward, _backward)

@@ -6,6 +6,7 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.equation import equation
 from pallas_kernels.grouped_matmul import reference, routed, xla
 
 
@@ -64,17 +65,25 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 @jax.custom_vjp
 def _routed(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD):
-  return routed.swiglu(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD)
+  return _named('forward', routed.swiglu, x_ND, weight_NK, down_EFD)(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD)
 
 
 def _routed_fwd(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD):
-  y_ND, saved = routed.swiglu_fwd(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD)
+  forward = _named('forward', routed.swiglu_fwd, x_ND, weight_NK, down_EFD)
+  y_ND, saved = forward(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD)
   return y_ND, (x_ND, weight_NK, gate_up_EDF2, down_EFD, saved)
 
 
 def _routed_bwd(saved, dy_ND):
-  dx_ND, dweight_NK, dgate_up_EDF2, ddown_EFD = routed.swiglu_bwd(*saved, dy_ND)
+  backward = _named('backward', routed.swiglu_bwd, saved[0], saved[1], saved[3])
+  dx_ND, dweight_NK, dgate_up_EDF2, ddown_EFD = backward(*saved, dy_ND)
   return dx_ND, None, dweight_NK, dgate_up_EDF2, ddown_EFD
+
+
+def _named(direction, fn, x_ND, weight_NK, down_EFD):
+  (N, D), (E, F, _) = x_ND.shape, down_EFD.shape
+  return equation(f'routed_swiglu_{direction}', fn, N=N, D=D, E=E, F=F, K=weight_NK.shape[1],
+                  width=x_ND.dtype.itemsize)
 
 
 _routed.defvjp(_routed_fwd, _routed_bwd)

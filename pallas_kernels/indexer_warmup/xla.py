@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tiles
 from pallas_kernels.dense_attention.xla import cut_queries, cut_row, is_small
+from pallas_kernels.equation import equation
 from pallas_kernels.index_select.xla import products, score
 from pallas_kernels.mask import NEG_INF, visible
 
@@ -55,17 +56,24 @@ def shape(rows: Row) -> tuple[bool, bool]:
 
 def _forward(scale, rows: Row):
   small, loop = shape(rows)
-  kl_BT, lse_BT = tiles.over_rows(functools.partial(forward_one if small else forward_tiles, scale), tuple(rows), loop)
+  row = functools.partial(forward_one if small else forward_tiles, scale)
+  kl_BT, lse_BT = named('forward', lambda *rows: tiles.over_rows(row, rows, loop), rows)(*rows)
   return kl_BT, (rows, lse_BT)
 
 
 def _backward(scale, saved, dkl_BT):
   rows, lse_BT = saved
   small, loop = shape(rows)
-  grads = tiles.over_rows(functools.partial(backward_one if small else backward_tiles, scale),
-                          (*rows, lse_BT, dkl_BT), loop)
+  row = functools.partial(backward_one if small else backward_tiles, scale)
+  grads = named('backward', lambda *rows: tiles.over_rows(row, rows, loop), rows)(*rows, lse_BT, dkl_BT)
   diq, dik, dgate = (g.astype(x.dtype) for g, x in zip(grads, (rows.iq_ITJ, rows.ik_SJ, rows.gate_TI)))
   return Row(None, None, None, diq, dik, dgate, None, None, None, None),
+
+
+def named(direction: str, fn, rows: Row):
+  (B, G, N, K), (_, I, T, J) = rows.q_GNK.shape, rows.iq_ITJ.shape
+  return equation(f'indexer_warmup_{direction}', fn, B=B, G=G, N=N, K=K, S=rows.k_GSK.shape[2], I=I, T=T, J=J,
+                  width=rows.q_GNK.dtype.itemsize)
 
 
 _warmup.defvjp(_forward, _backward)

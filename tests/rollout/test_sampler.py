@@ -9,6 +9,8 @@ import pytest
 from keye_jax.nn import head, keye
 from keye_jax.rollout import sampler
 from tests.nn import batches
+from tests.steps.test_mesh import mesh
+from tests.tolerances import assert_close
 
 CONFIG = dataclasses.replace(batches.CONFIG, attention='sparse')
 STOP = (7,)
@@ -76,5 +78,34 @@ def test_draw_keeps_what_it_should():
   logits = jnp.log(jnp.asarray([[[.5, .3, .15, .05]]]))
   for sampling, allowed in ((sampler.Sampling(1., top_k=2), {0, 1}), (sampler.Sampling(1., top_p=.6), {0, 1}),
                             (sampler.Sampling(1., top_p=.1), {0}), (sampler.Sampling(0.), {0})):
-    draw = jax.vmap(lambda k: sampler.draw(logits, sampling, k)[0][0, 0])
+    draw = jax.vmap(lambda k: sampler.draw('decode', logits, sampling, k)[0][0, 0])
     assert set(np.asarray(draw(jax.random.split(jax.random.key(0), 200))).tolist()) == allowed
+
+
+def many_prompts():
+  """Eight rows, as many as the mesh has devices, of one branch or two."""
+  rng, last = np.random.default_rng(6), np.full((8, 2), -1)
+  samples = [batches.sample(rng, 1 + b % 2, (2, 4), 3, ((2, 4), (5,))[b % 2]) for b in range(8)]
+  for b, s in enumerate(samples):
+    for q in range(max(s['branch'])):
+      last[b, q] = np.flatnonzero(np.asarray(s['branch']) == q + 1)[-1]
+  return jax.tree.map(np.asarray, batches.pack([[s] for s in samples], 24, 2, 8)), last
+
+
+@pytest.mark.slow
+def test_a_mesh_of_eight_generates_what_one_device_does(params):
+  batch, last = many_prompts()
+  start = jax.tree.map(np.asarray, params)
+  noisy = sampler.Sampling(temperature=1.0, top_k=8)
+  alone = [sampler.generate(CONFIG, params, batch, last, 4, STOP, sampling, seed=2)
+           for sampling in (sampler.GREEDY, noisy)]
+  config = dataclasses.replace(CONFIG, layout='decode', experts_transport='ring')
+  with mesh(2, 1, 4):
+    placed = jax.tree.map(lambda a, s: jax.device_put(a, s.sharding.spec), start, keye.param_shapes(config))
+    for sampling, expected in zip((sampler.GREEDY, noisy), alone):
+      got = sampler.generate(config, placed, batch, last, 4, STOP, sampling, seed=2)
+      np.testing.assert_array_equal(got.token_BQN, expected.token_BQN)
+      np.testing.assert_array_equal(got.length_BQ, expected.length_BQ)
+      assert_close(got.logp_BQN, expected.logp_BQN, what='log-probabilities')
+    steps = list(sampler.stream(config, placed, batch, last, 4, STOP))
+  np.testing.assert_array_equal(np.stack([t * a for t, a in steps], -1), alone[0].token_BQN[..., :len(steps)])

@@ -1,0 +1,27 @@
+"""What the makers publish of the devices that a program is planned for."""
+from typing import NamedTuple
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+  """One device as jax counts them. Bandwidths in bytes a second."""
+  flops: float                 # bfloat16 peak, a second
+  hbm: int                     # bytes; a compiler leaves a little of it unused
+  hbm_bandwidth: float
+  ici_bandwidth: float         # sent by a device over all its links, one direction
+  dimensions: int              # of the torus
+
+
+def part(of: Chip, n: int) -> Chip:
+  """One of the n devices that jax sees in a chip."""
+  return Chip(of.flops / n, of.hbm // n, of.hbm_bandwidth / n, of.ici_bandwidth / n, of.dimensions)
+
+
+# docs.cloud.google.com/tpu/docs/v5p-training, /v6e, /tpu7x: "Peak compute per chip (BF16)", "HBM capacity per chip",
+# "HBM bandwidth per chip", "Bidirectional inter-chip interconnect (ICI) bandwidth per chip", half of it one direction.
+CHIPS = {
+    'v5p': Chip(459e12, 95 * GIB, 2765e9, 600e9, 3),
+    'v6e': Chip(918e12, 32 * GIB, 1638e9, 400e9, 2),
+    'tpu7x': part(Chip(2307e12, 192 * GIB, 7380e9, 600e9, 3), 2),
+}

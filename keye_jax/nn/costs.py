@@ -1,0 +1,93 @@
+"""Cost of the passes of the ops, for one device: the rules that `keye_jax/jaxpr_costs.py` asks for.
+
+A row is taken to hold one sample: its queries see, on average over the row, half of its keys. Rows of several packed
+samples cost less. Experts are taken to get equal shares.
+
+B batch, T query time, S key time, H query heads, G KV heads, K head dim, N stacked queries of a KV head, I indexer
+heads, J indexer head dim; of experts: N rows, D embed, F ffn, E experts of this device, K picks of a row among all.
+"""
+import math
+from collections.abc import Callable
+
+from keye_jax.config import ModelConfig
+from keye_jax.jaxpr_costs import Cost, Rule
+from pallas_kernels.dense_attention import xla as dense
+from pallas_kernels.grouped_matmul import xla as grouped
+from pallas_kernels.index_select import tpu as index
+
+FLOAT = 4
+WORD_QUERIES = 32            # queries whose bits of a selection make one int32 a key
+
+
+def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) -> dict[str, Rule]:
+  """Rules by the name of a pass. seen: (T, S) -> mean keys that a query of the language model sees; default causal."""
+  seen = seen or causal
+  topk, experts = config.text.indexer.topk, config.text.experts
+
+  def attention(products: int, full: bool = False):
+    """Dense attention with so many products of queries and keys: o and scores 2, their gradients 5."""
+    def rule(B, T, H, K, S, G, width) -> Cost:
+      keys = float(S) if full else seen(T, S)
+      tiles = math.ceil(T * H // G / dense.QUERY_ROWS)     # each reads the keys it meets; backward adds to gradients
+      read = B * G * tiles * keys * 2 * K * (width if products == 2 else width + 2 * FLOAT)
+      ends = B * K * width * (T * H * products + 2 * S * G)
+      return Cost(2.0 * B * H * T * K * keys * products, bytes=read + ends)
+    return rule
+
+  def sparse(products: int, index_products: int):
+    """products and index_products: on selected keys. Every visible key is scored once more, to select."""
+    def rule(B, G, N, K, S, I, T, J, width) -> Cost:
+      keys = seen(T, S)
+      kept = selected(S, topk, keys)
+      flops = lambda n: B * n * (2.0 * G * N * K * products + 2.0 * I * T * J * index_products)
+      groups, chunks = math.ceil(T / WORD_QUERIES), math.ceil(T / (WORD_QUERIES * index.MANY))
+      # a chunk reads the tiles of k and v that it visits, backward adds to their gradients; a group reads all index
+      # keys and writes its words, which are read again
+      visit = 2 * G * K * (width + 2 * FLOAT) if products == 5 else (products - 1) * G * K * width
+      read = B * keys * (chunks * visit + groups * (J * width + 3 * FLOAT))
+      ends = B * width * (products * G * N * K + 2 * S * G * K + (1 + index_products) * I * T * J)
+      return Cost(flops(kept) + 2.0 * B * I * T * J * keys, flops(keys - kept), read + ends)
+    return rule
+
+  def warmup(index_products: int):
+    def rule(B, G, N, K, S, I, T, J, width) -> Cost:
+      keys, tiles = seen(T, S), math.ceil(N / dense.QUERY_ROWS)
+      read = B * tiles * keys * (G * K * width + J * (width + 2 * FLOAT * (index_products > 1)))
+      ends = B * width * (G * N * K + S * G * K + index_products * I * T * J)
+      return Cost(2.0 * B * keys * (G * N * K + I * T * J * index_products), bytes=read + ends)
+    return rule
+
+  def routed(forward: bool):
+    def rule(N, D, E, F, K, width) -> Cost:
+      picks = N * K * E / experts
+      tiles, weights = picks / grouped.MAX_TILE + E, 3 * D * F
+      rows = picks * width * (4 * D + 2 * F)               # rows in, hidden values out or in, results out and in
+      if forward:
+        return Cost(2.0 * picks * weights, bytes=rows + tiles * weights * width)
+      return Cost(4.0 * picks * weights, bytes=2 * rows + tiles * weights * (width + 2 * FLOAT))
+    return rule
+
+  return {
+      'dense_attention_forward': attention(2), 'dense_attention_backward': attention(5),
+      'dense_attention_forward_full': attention(2, True), 'dense_attention_backward_full': attention(5, True),
+      'dsa_attention_forward': sparse(2, 0), 'dsa_attention_backward': sparse(5, 0),
+      'dsa_attention_forward_kl': sparse(3, 1), 'dsa_attention_backward_kl': sparse(5, 3),
+      'indexer_warmup_forward': warmup(1), 'indexer_warmup_backward': warmup(3),
+      'routed_swiglu_forward': routed(True), 'routed_swiglu_backward': routed(False)}
+
+
+def causal(T: int, S: int) -> float:
+  """Mean over a causal row of S keys; the T queries of a device are any part of it."""
+  return (S + 1) / 2
+
+
+def every(T: int, S: int) -> float:
+  """Decoding into a full cache."""
+  return float(S)
+
+
+def selected(S: int, topk: int, keys: float) -> float:
+  """Mean keys that a query attends to, of the `keys` that it sees: min(t, k) averaged over a causal row."""
+  if keys == S:
+    return float(min(S, topk))
+  return keys if S <= topk else (topk * (topk + 1) / 2 + (S - topk) * topk) / S

@@ -1,0 +1,197 @@
+"""What a run would need of devices that are not here: its real programs, compiled ahead of time for them.
+
+The training step is that of `begin.programs`, the others those of `rollout/sampler.py`, on arrays that have shapes and
+shardings and no content. The caller has set the mesh of the absent devices (`sharding.use_mesh`).
+"""
+import dataclasses
+import functools
+import math
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from data_pipelines.errors import InputError
+from data_pipelines.schema import Batch
+from keye_jax import begin, jaxpr_costs, sharding
+from keye_jax.chips import CHIPS, Chip
+from keye_jax.config import RunConfig
+from keye_jax.jaxpr_costs import Cost
+from keye_jax.nn import costs, counts, keye
+from keye_jax.rollout import sampler
+from pallas_kernels import dispatch
+
+WHATS = ('train', 'prefill', 'decode')
+
+
+def batch_shapes(config: RunConfig) -> Batch:
+  """The batch of a step, all hosts together, as ShapeDtypeStructs on the mesh."""
+  d, v, B, T = config.data, config.model.vision, config.train.batch, config.data.tokens
+  R, N = d.vision_rows, d.vision_patches
+  if B % sharding.extent(config.model.layout, 'batch') or T % sharding.extent(config.model.layout, 'seq'):
+    raise InputError(f'train.batch = {B} rows of data.tokens = {T} cannot be divided over '
+                     f'{sharding.extent(config.model.layout, "batch")} x '
+                     f'{sharding.extent(config.model.layout, "seq")} groups of devices')
+  shapes = dict(token_BT=(B, T), target_BT=(B, T), weight_BT=(B, T), position_BT3=(B, T, 3), segment_BT=(B, T),
+                order_BT=(B, T), vision_BT=(B, T), patch_BRNC=(B, R, N, v.patch_dim), coord_BRN4=(B, R, N, 4),
+                frame_BRN=(B, R, N))
+  dtypes = {'weight_BT': 'float32', 'patch_BRNC': 'uint8'}
+
+  def one(name, shape):
+    spec = sharding.spec(config.model.layout, *sharding.batch_axes(name, len(shape)))
+    return jax.ShapeDtypeStruct(shape, dtypes.get(name, 'int32'), sharding=_on_mesh(spec))
+  return Batch(**{name: one(name, shape) for name, shape in shapes.items()})
+
+
+class Program(NamedTuple):
+  """One of `WHATS`, traced."""
+  trace: Any                   # jax.stages.Traced
+  parts: dict[str, Any]        # what a device holds of the arguments: name -> tree of shapes
+  rules: dict[str, jaxpr_costs.Rule]
+  model_flops: float           # of all devices: the closed formula (`nn/counts.py`)
+
+
+def traced(config: RunConfig, what: str = 'train') -> Program:
+  """`what` of a run: its training step; or on its batch the prefill, or one decoding step with caches of its length,
+  both with bfloat16 weights in the layout 'decode'."""
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  if what == 'train':
+    made = begin.programs(config)
+    state, batch = jax.tree.map(_placed, jax.eval_shape(made.fresh, key)), batch_shapes(config)
+    # `update` is a plain function around the jitted step; the frozen parameters it hands on are donated too here, which
+    # changes no byte: they are an argument, and the same buffer is a result.
+    trace = jax.jit(made.update, donate_argnums=0).trace(state, batch, made.rates(0))
+    parts = {'parameters': (state.train, state.frozen), 'optimizer': state.opt, 'batch': batch}
+    return Program(trace, parts, costs.rules(config.model), train_flops(config))
+
+  model = dataclasses.replace(config.model, layout='decode', param_dtype=config.model.dtype, remat='none')
+  config = dataclasses.replace(config, model=model)
+  B, T = config.train.batch, config.data.tokens
+  params, batch = jax.tree.map(_placed, keye.param_shapes(model)), batch_shapes(config)
+  last = jax.ShapeDtypeStruct((B, 1), 'int32', sharding=_on_mesh(sharding.spec('decode', 'batch', None)))
+  if what == 'prefill':
+    read = functools.partial(sampler.prefill, model, slots=T, sampling=sampler.GREEDY)
+    trace = jax.jit(lambda params, batch, last, key: read(params, batch, last, key=key)).trace(params, batch, last, key)
+    unread = B * (T - 1) * counts.flops_per_token(model, T)['head']      # logits of the last token alone
+    return Program(trace, {'parameters': params, 'batch': batch}, costs.rules(model), forward_flops(config) - unread)
+  cache, front = jax.tree.map(_placed, jax.eval_shape(
+      functools.partial(sampler.prefill, model, slots=T, sampling=sampler.GREEDY), params, batch, last, key=key))
+  one = functools.partial(sampler.step, model, stop=(), sampling=sampler.GREEDY)
+  trace = jax.jit(lambda params, cache, front, key: one(params, cache, front, key=key),
+                  donate_argnums=1).trace(params, cache, front, key)
+  active = sum(counts.active(model).values())
+  seen = costs.selected(T, model.text.indexer.topk if model.attention == 'sparse' else T, T)
+  text = model.text
+  per_token = 2.0 * active + 4.0 * text.layers * text.heads * text.head_dim * seen + (
+      2.0 * text.layers * text.indexer.heads * text.indexer.head_dim * T)
+  return Program(trace, {'parameters': params, 'cache': cache}, costs.rules(model, costs.every), B * per_token)
+
+
+def plan(config: RunConfig, chip: Chip, efficiency: float, what: str = 'train') -> dict[str, Any]:
+  """Everything `keye plan` says of a run, JSON-able. efficiency: share of its peak that a matrix unit reaches.
+
+  Raises InputError when an op would not run the way a run on these devices runs it.
+  """
+  program = traced(config, what)
+  jaxpr, mesh = program.trace.jaxpr, dict(jax.sharding.get_abstract_mesh().shape)
+  ops = implementations(jaxpr.jaxpr, program.rules)
+  cost = jaxpr_costs.of_program(jaxpr, mesh, program.rules)
+  sizes = {name: _bytes(tree) for name, tree in program.parts.items()}
+  return {'what': what, 'mesh': mesh, 'layout': config.model.layout if what == 'train' else 'decode',
+          'batch': described(config, what), 'bytes': sizes | memory(program.trace, chip), 'ops': ops,
+          **roofline(cost, program.model_flops / math.prod(mesh.values()), chip, efficiency)}
+
+
+def implementations(jaxpr, rules) -> dict[str, str]:
+  """{pass of an op: implementation} of a program. Raises InputError when one is not what `dispatch` chooses for the
+  devices of the mesh."""
+  found = {}
+  for name, how in sorted(jaxpr_costs.implementations(jaxpr, rules).items()):
+    op = name.partition('_forward')[0].partition('_backward')[0]
+    expected = dispatch.choose(op, None)
+    if how != {'xla' if expected == 'xla' else 'pallas'}:
+      raise InputError(f'{name} is compiled as {", ".join(sorted(how))}, but {expected!r} is what runs on these '
+                       'devices')
+    found[name] = expected
+  return found
+
+
+def memory(trace, chip: Chip) -> dict[str, Any]:
+  """Compiles: bytes of a device, and how long that took."""
+  started = time.monotonic()
+  try:
+    compiled = trace.lower().compile()
+  except jax.errors.JaxRuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e):
+      raise
+    return {'hbm': chip.hbm, 'fits': False, 'compiler': first_lines(e),
+            'compile seconds': round(time.monotonic() - started, 1)}
+  m = compiled.memory_analysis()
+  peak = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+  return {'arguments': m.argument_size_in_bytes, 'results': m.output_size_in_bytes - m.alias_size_in_bytes,
+          'temporaries': m.temp_size_in_bytes, 'peak': peak, 'hbm': chip.hbm, 'fits': peak <= chip.hbm,
+          'compile seconds': round(time.monotonic() - started, 1)}
+
+
+def first_lines(error: Exception) -> str:
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  return ' '.join(lines[:3])[:600]
+
+
+def roofline(cost: Cost, model_flops: float, chip: Chip, efficiency: float) -> dict[str, Any]:
+  """Seconds of one device from the walk of its program. Each mesh axis is taken to have one dimension of the torus.
+
+  model_flops: of one device. At full peak they are a bound: nothing can be faster, since recomputation, masked tiles
+  and traffic are not in it.
+  """
+  # an axis is a ring over its dimension, whose two links at a device carry half of the ring's traffic each
+  link = chip.ici_bandwidth / chip.dimensions
+  rate = chip.flops * efficiency
+  seconds = {'compute_s': (cost.flops + cost.masked) / rate, 'hbm_s': cost.bytes / chip.hbm_bandwidth,
+             'ici_s': sum(cost.sent.values()) / link}
+  return {'flops': cost.flops, 'masked_flops': cost.masked, 'hbm_bytes': cost.bytes, 'sent_bytes': dict(cost.sent),
+          'efficiency': efficiency, **seconds, 'compute_s_without_masked': cost.flops / rate,
+          'step_s': max(seconds.values()), 'model_flops': model_flops, 'model_flops_bound_s': model_flops / chip.flops}
+
+
+def train_flops(config: RunConfig) -> float:
+  """Of a step, all devices: three times those of the forward pass."""
+  return 3 * forward_flops(config)
+
+
+def forward_flops(config: RunConfig) -> float:
+  part = counts.flops_per_token(config.model, config.data.tokens)
+  seen = part.pop('vision', 0.0) + part.pop('projector', 0.0)
+  merged = config.data.vision_rows * config.data.vision_patches / config.model.vision.merge ** 2
+  return config.train.batch * (sum(part.values()) * config.data.tokens + seen * merged)
+
+
+def described(config: RunConfig, what: str) -> str:
+  d, t = config.data, config.train
+  if what == 'decode':
+    return f'{t.batch} rows, one new token each, caches of {d.tokens:,} tokens'
+  patches = d.vision_rows * d.vision_patches
+  media = f'{patches:,} patches a row' if patches else 'text only, no image'
+  parts = f', in {t.accumulate} micro-batches' if t.accumulate > 1 and what == 'train' else ''
+  return f'{t.batch} rows of {d.tokens:,} tokens, one sample a row, {media}{parts}'
+
+
+def chip_of(topology: str) -> Chip:
+  """The chip of 'v5p:4x4x8'. Raises InputError for one that is not in the table."""
+  name = topology.partition(':')[0]
+  if name not in CHIPS:
+    raise InputError(f'--topology {topology}: no figures for {name!r}; there are {", ".join(CHIPS)}')
+  return CHIPS[name]
+
+
+def _placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_on_mesh(x.sharding.spec if x.sharding else jax.P()))
+
+
+def _on_mesh(spec) -> jax.NamedSharding | None:
+  return jax.NamedSharding(jax.sharding.get_mesh(), spec) if sharding.has_mesh() else None
+
+
+def _bytes(tree) -> int:
+  """Of a device's own part."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

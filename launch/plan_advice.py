@@ -1,0 +1,35 @@
+"""What to change in a run, in words, from the numbers of its plan."""
+from typing import Any
+
+from keye_jax.config import RunConfig
+
+GIB = 2**30
+
+
+def advice(config: RunConfig, found: dict[str, Any]) -> list[str]:
+  """One line a remedy when the plan does not fit, and what its numbers leave out."""
+  size, mesh, model = found['bytes'], found['mesh'], config.model
+  lines = []
+  if not size['fits']:
+    kept = size['parameters'] + size['optimizer']
+    if kept > size['hbm'] / 2:
+      lines.append(f'parameters and optimizer alone take {kept / GIB:.1f} of {size["hbm"] / GIB:.0f} GiB: use more '
+                   'devices, or model.param_dtype = bfloat16')
+    if model.remat == 'none':
+      lines.append("model.remat = 'block' keeps one hidden state a layer instead of all activations")
+    rows = config.train.batch // config.train.accumulate
+    groups = mesh['data'] * mesh['expert']
+    if rows > groups:
+      lines.append(f'train.accumulate = {config.train.batch // groups}: each micro-batch then holds one row for every '
+                   f'group of devices instead of {rows // groups}')
+    if model.text.experts and mesh['expert'] > 1:
+      lines.append(f'a smaller mesh.expert: a device keeps room for the picks of all {mesh["expert"]} devices of its '
+                   'expert group; move the factor to mesh.context')
+    lines.append(f'a larger mesh.context: a device now holds {config.data.tokens // mesh["context"]:,} tokens of a row')
+  if model.attention == 'sparse' and mesh['context'] > 1:
+    lines.append(f'with rows cut in order, the last of {mesh["context"]} context shards sees up to '
+                 f'{2 - 1 / mesh["context"]:.1f} times the keys of the mean that compute_s counts')
+  if model.vision.layers and not config.data.vision_rows:
+    lines.append('no image is in the planned batch: --config.data.vision_rows and --config.data.vision_patches add '
+                 'them')
+  return lines

@@ -1,0 +1,56 @@
+"""`keye plan` around its compiler: arguments, refusals, seconds and advice."""
+import pytest
+
+from data_pipelines.errors import InputError
+from keye_jax import jaxpr_costs, planning
+from keye_jax.chips import CHIPS
+from keye_jax.jaxpr_costs import Cost
+from launch import cli, plan, plan_advice
+from launch.run_config import load
+
+WORDS = ['plan', '--config', 'configs/sft.py:tiny', '--topology', 'v5p:2x2x1',
+         # the kernels take rows of lanes: heads of 128, an indexer of 64
+         '--config.model.text.head_dim=128', '--config.model.text.mrope_section=(16,24,24)',
+         '--config.model.text.indexer.head_dim=64', '--config.model.experts_transport=ring',
+         '--config.data.tokens=1024', '--config.data.vision_rows=0', '--config.mesh.context=2',
+         '--config.mesh.expert=2', '--config.model.dtype=bfloat16', '--config.model.remat=block',
+         '--config.train.accumulate=2']
+
+
+@pytest.mark.parametrize('words, message', [
+    (['--topology', 'v9:2x2'], "--topology v9:2x2: no figures for 'v9'; there are v5p, v6e, tpu7x"),
+    (['--efficiency', '0'], '--efficiency 0.0 must be above 0 and at most 1'),
+])
+def test_bad_input_is_one_line(capsys, words, message):
+  assert cli.main([*WORDS, *words]) == 2
+  assert capsys.readouterr().err == f'keye plan: {message}\n'
+
+
+def test_an_op_that_would_not_run_so_is_refused(monkeypatch):
+  monkeypatch.setattr(jaxpr_costs, 'implementations', lambda jaxpr, rules: {'dsa_attention_forward_kl': {'pallas'}})
+  with pytest.raises(InputError, match="dsa_attention_forward_kl is compiled as pallas, but 'xla' is what runs"):
+    planning.implementations(None, {})
+
+
+def test_advice_names_what_would_help():
+  config = load('configs/layouts.py:stage3_v6e_16x16')
+  found = {'mesh': {'data': 2, 'context': 32, 'expert': 4},
+           'bytes': {'fits': False, 'parameters': 2 << 30, 'optimizer': 4 << 30, 'hbm': 32 << 30}}
+  lines = ' '.join(plan_advice.advice(config, found))
+  assert 'a smaller mesh.expert' in lines and 'a device now holds 8,192 tokens' in lines
+  assert 'model.remat' not in lines and 'param_dtype' not in lines
+  found['bytes'] |= {'optimizer': 40 << 30}
+  assert 'take 42.0 of 32 GiB' in ' '.join(plan_advice.advice(config, found))
+
+
+def test_seconds_are_flops_over_peak_and_bytes_over_bandwidth():
+  chip = CHIPS['v5p']
+  cost = Cost(flops=3 * chip.flops, masked=chip.flops, bytes=chip.hbm_bandwidth, sent={'context': chip.ici_bandwidth})
+  got = planning.roofline(cost, 2 * chip.flops, chip, 0.5)
+  assert got['compute_s'] == 8 and got['compute_s_without_masked'] == 6
+  assert got['hbm_s'] == 1 and got['ici_s'] == 3 and got['step_s'] == 8        # one of three dimensions
+  assert got['model_flops_bound_s'] == 2
+  about = {'config': 'c', 'topology': 't', 'device': 'd', 'what': 'train', 'mesh': {'data': 1}, 'layout': 'train',
+           'batch': 'b', 'ops': {}, 'advice': ['more'], 'bytes': {'fits': False, 'hbm': 1, 'compile seconds': 1}}
+  said = plan.text(about | got)
+  assert 'compute_s      8.00' in said and 'DOES NOT FIT' in said and said.endswith('- more')

@@ -1,0 +1,78 @@
+"""The walk of the published model's training step against the closed formula of its forward pass."""
+import dataclasses
+
+import pytest
+
+from configs import keye_vl_2_30b_a3b
+from keye_jax import jaxpr_costs, planning
+from keye_jax.config import DataConfig, RunConfig, TrainConfig
+from keye_jax.nn import costs, counts
+from tests.nn import batches
+from tests.steps.test_mesh import mesh
+
+
+def step_cost(attention, tokens, rows=1, **model):
+  config = dataclasses.replace(keye_vl_2_30b_a3b.model(), attention=attention, experts_transport='local', **model)
+  run = RunConfig(model=config, data=DataConfig(tokens=tokens), train=TrainConfig(batch=rows))
+  return config, jaxpr_costs.of_program(planning.traced(run).trace.jaxpr, {}, costs.rules(config))
+
+
+@pytest.mark.parametrize('attention', ['dense', 'sparse'])
+def test_flops_of_a_training_step(attention):
+  """Without recomputation: no remat of blocks, and the 4,096 tokens are one chunk of the head.
+
+  Three times the forward pass, but for: products of queries and keys, 2 forward, 5 backward and 1 for the indexer's
+  target; the indexer, whose input takes no gradient; its scores, once forward and once backward to select, and on the
+  selected keys 1 for the loss and 3 for its gradients.
+  """
+  tokens = 4096
+  config, got = step_cost(attention, tokens, remat='none')
+  t, part = config.text, counts.flops_per_token(config, tokens)
+  expected = 3 * (part['layers'] + part['head']) + part['attention'] * {'dense': 7, 'sparse': 8}[attention] / 2
+  if attention == 'sparse':
+    kept = part['attention'] / (4 * t.layers * t.heads * t.head_dim) / ((tokens + 1) / 2)
+    expected += 2 * part['indexer_projections'] + (2 + 4 * kept) * part['indexer_scores']
+  assert got.flops == pytest.approx(tokens * expected, rel=0.02)
+  assert got.sent == {}
+  # tiles are visited whole at most: all visible keys, where products on the selected ones are counted
+  assert got.masked == pytest.approx(0 if attention == 'dense' else tokens * (
+      part['attention'] * 4 + part['indexer_scores'] * 4 * kept) * (1 / kept - 1), rel=1e-6)
+
+
+def test_flops_of_generation():
+  """A decoding step reads the whole cache and attends to topk of it. A prefill computes the indexer's loss too, which
+  nobody reads: 3 products on the selected keys for 2, and their scores once more."""
+  model = dataclasses.replace(keye_vl_2_30b_a3b.model(), experts_transport='local')
+  run = RunConfig(model=model, data=DataConfig(tokens=4096), train=TrainConfig(batch=4))
+  step = planning.traced(run, 'decode')
+  got = jaxpr_costs.of_program(step.trace.jaxpr, {}, step.rules)
+  assert got.flops == pytest.approx(step.model_flops, rel=0.02)
+  prefill = planning.traced(run, 'prefill')
+  part, t = counts.flops_per_token(model, 4096), model.text
+  kept = part['attention'] / (4 * t.layers * t.heads * t.head_dim) / (4097 / 2)
+  loss = 4 * 4096 * (part['attention'] / 2 + part['indexer_scores'] * kept)
+  got = jaxpr_costs.of_program(prefill.trace.jaxpr, {}, prefill.rules)
+  assert got.flops == pytest.approx(prefill.model_flops + loss, rel=0.02)
+
+
+def test_a_mesh_divides_the_work_and_adds_traffic():
+  config = dataclasses.replace(batches.CONFIG, attention='sparse', remat='block')
+
+  def cost(mesh_sizes, **model):
+    run = RunConfig(model=dataclasses.replace(config, **model), data=DataConfig(tokens=256), train=TrainConfig(batch=8))
+    return jaxpr_costs.of_program(planning.traced(run).trace.jaxpr, mesh_sizes, costs.rules(config))
+  alone = cost({})
+  with mesh(2, 2, 2):
+    shared = cost({'data': 2, 'context': 2, 'expert': 2}, experts_transport='ring')
+  # a little more: the norms of gradients that every device of an axis holds
+  assert alone.flops <= 8 * shared.flops <= 1.05 * alone.flops
+  assert 8 * shared.masked == pytest.approx(alone.masked)
+  assert all(shared.sent[axis] > 0 for axis in ('data', 'context', 'expert'))
+
+
+def test_recomputing_blocks_costs_their_forward_pass_again():
+  tokens = 4096
+  config, whole = step_cost('dense', tokens, remat='block')
+  _, kept = step_cost('dense', tokens, remat='none')
+  part = counts.flops_per_token(config, tokens)
+  assert whole.flops - kept.flops == pytest.approx(tokens * (part['layers'] + part['attention']), rel=0.02)
