@@ -137,17 +137,18 @@ def tiny(stage: str) -> RunConfig:
           vision=VisionConfig(layers=1, embed=32, heads=2, ffn=64, image=56, packing_positions=16)),
       optimizer=OptimizerConfig(learning_rate=2e-3, final_fraction=0.2, warmup_steps=10, weight_decay=0.01,
                                 indexer_learning_rate=2e-3),
-      # A picture or frame of 56 x 56 pixels is 16 patches and 4 tokens; a vision row holds one.
-      data=DataConfig(tokens=128, vision_rows=16, vision_patches=16, frame_tokens_min=4, frame_tokens_max=4,
+      # A picture or frame of 56 x 56 pixels is 16 patches and 4 tokens; a vision row holds one. A clip with its
+      # questions is up to 200 tokens.
+      data=DataConfig(tokens=256, vision_rows=16, vision_patches=16, frame_tokens_min=4, frame_tokens_max=4,
                       video_tokens=64, image_tokens_min=4, image_tokens_max=4, cache_mb=256),
       train=TrainConfig(steps=200, batch=8, log_every=10, save_every=50))
-  clips, mixed = dict(images=0.5, train=0.5), dict(tokens=256, vision_rows=32)
+  clips, mixed = dict(images=0.5, train=0.5), dict(tokens=512, vision_rows=32)
   match stage:
     case 'text':
       return run(base, 'dense', freeze=INDEXERS_WAIT, model=dict(vision=VisionConfig()),
                  data=dict(sources=sources(text=1.0), vision_rows=0, vision_patches=0))
     case '0':
-      return run(base, 'dense', freeze=ONLY_PROJECTOR, data=dict(sources=sources(images=1.0)))
+      return run(base, 'dense', freeze=ONLY_PROJECTOR, data=dict(sources=sources(images=1.0), tokens=128))
     case '1':
       return run(base, 'dense', freeze=INDEXERS_WAIT, data=dict(sources=sources(**clips)))
     case '2':
