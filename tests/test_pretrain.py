@@ -127,7 +127,7 @@ def test_each_stage_starts_from_the_one_before_and_moves_what_it_promises(folder
       expected = {path for path in writer.flatten(after) if TRAINED[stage](path)} - {'vision/packing_position'}
       assert moved(before, after) == expected
     assert len(said) == (stage == '0') and all(line in shown for line in said)
-    assert ('trains projector 20,' in shown) == (stage == '0')
+    assert ('trains projector 25,024' in shown) == (stage == '0')
     assert ('trains indexers ' in shown) == (stage == '3-warmup') and ('frozen are' in shown) == (stage != '3')
     record = metrics.read(out)[-1]
     assert math.isfinite(record['loss']) and ('indexer_kl' in record) == (stage[0] == '3')
