@@ -1,7 +1,7 @@
 """From a file of rows to training batches and evaluation prompts, on grain (which imports jax; nothing here uses it).
 
-rows -> shuffle, a new order each epoch -> this process's slice -> load media and tokenise (threads, or worker
-processes) -> pack a window of samples into rows -> batch -> one prefetch thread.
+rows -> shuffle, a new order each epoch -> this process's slice -> mix the sources (mixture.py) -> load media and
+tokenise (threads, or worker processes) -> pack a window of samples into rows -> batch -> one prefetch thread.
 
 The order depends on the seed, the process's index and count and the shapes, on nothing else: not on the number of
 workers or the cache. A row that cannot be used stays in the stream as a `Skip`, so positions, and with them exact
@@ -10,8 +10,6 @@ resume, do not depend on what was skipped; it is counted and the packer drops it
 `data` is a keye_jax.config.DataConfig everywhere (not imported: this package is below keye_jax).
 """
 import collections
-import dataclasses
-import json
 import os
 import pathlib
 import threading
@@ -21,23 +19,22 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-import xxhash
 
-from data_pipelines import chat, images, packing, sources, tokenizer, video
+from data_pipelines import chat, images, mixture, packing, sources, tokenizer, video
 from data_pipelines.errors import InputError
 from data_pipelines.schema import Batch, Example
 
 WINDOW_ROWS = 32                # rows filled together by first-fit-decreasing: at 2-5 samples a row, 1-3% padding
 WINDOW_BYTES = 1 << 29          # of pixels; a window closes earlier than WINDOW_ROWS when samples are long videos
 LAST = 20                       # skipped rows remembered with their reason
+_MET = ('samples', 'tokens', 'skipped')       # counted for each source
 GREY = 128                      # uint8; within 1/255 of the middle of the range
-# Fields that change neither the samples nor their order.
-_NEUTRAL = ('path', 'tokenizer', 'cache_mb', 'workers')
 
 
 class Skip(NamedTuple):
   reason: str        # short class of fault
   message: str       # file:row and what is wrong
+  where: str         # file:row
 
 
 class Question(NamedTuple):
@@ -61,14 +58,14 @@ def train_batches(data, batch: int, seed: int, process_index: int = 0, process_c
     raise InputError(f'train.batch={batch} rows are not divisible by {process_count} processes')
   load = Load(data, patch, merge, strict)
   stream = shuffled(load, seed, process_index, process_count)
-  epoch = -(-len(load.rows) // process_count)
-  return Batches(Packed(stream, load.shape, batch // process_count, data.pack, data.workers, epoch))
+  epoch = mixture.epoch(load.rows, process_count)
+  packed = Packed(stream, load.shape, batch // process_count, data.pack, data.workers, epoch)
+  return Batches(packed, load.rows, process_count)
 
 
 def shuffled(load: 'Load', seed: int, process_index: int, process_count: int) -> grain.MapDataset:
-  """The endless stream of samples of one process: each epoch in a new order, dealt out to the processes in turn."""
-  rows = grain.MapDataset.range(len(load.rows)).seed(seed % 2**32).shuffle().repeat()
-  return rows[process_index::process_count].map(load)
+  """The endless stream of samples of one process."""
+  return mixture.stream(load.rows, seed, process_index, process_count).map(load)
 
 
 def row_shape(data, patch: int = 14, merge: int = 2) -> packing.Shape:
@@ -80,7 +77,7 @@ def row_shape(data, patch: int = 14, merge: int = 2) -> packing.Shape:
 
 def open_tokenizer(data) -> tokenizer.Tokenizer:
   """data.tokenizer's folder; without one, the folder of data.path if it has a tokenizer.json, else Keye's full one."""
-  beside = pathlib.Path(data.path).parent
+  beside = pathlib.Path(data.path) if data.sources else pathlib.Path(data.path).parent
   return tokenizer.load(data.tokenizer or (beside if data.path and (beside / 'tokenizer.json').is_file() else ''))
 
 
@@ -97,14 +94,10 @@ def load_media(turns: list[chat.Turn], data, patch: int = 14, merge: int = 2) ->
   return [chat.Turn(t.role, tuple(resolve(*p) for p in t.parts)) for t in turns]
 
 
-def fingerprint(data) -> str:
-  """Hash of everything that decides which samples a config reads and what they look like: rows, media sizes,
-  tokenizer, shapes and sampling. A checkpoint keeps it: resuming on other data is an error, not a surprise."""
-  fields = {k: v for k, v in sorted(dataclasses.asdict(data).items()) if k not in _NEUTRAL}
-  digest = xxhash.xxh3_128(json.dumps(fields).encode())
-  digest.update(open_tokenizer(data).fingerprint().encode())
-  digest.update(sources.fingerprint(data.path).encode())
-  return digest.hexdigest()
+def fingerprints(data) -> dict[str, str]:
+  """What decides which samples a config reads, and is not in the config: {what to call it: hash}. A checkpoint keeps
+  them: resuming on other data is an error, not a surprise."""
+  return mixture.fingerprints(data) | {'tokenizer of the dataset': open_tokenizer(data).fingerprint()}
 
 
 def eval_examples(data, patch: int = 14, merge: int = 2, think: bool = False) -> Iterator[Question]:
@@ -130,7 +123,7 @@ def eval_examples(data, patch: int = 14, merge: int = 2, think: bool = False) ->
 
 
 class Load:
-  """Row index -> Example, or a Skip when the row cannot be used. Picklable; keeps finished samples in memory.
+  """Row number of mixture.Rows -> Example, or a Skip when the row cannot be used. Picklable; keeps finished samples.
 
   Decoding and tokenising are deterministic, so epochs after the first are served from an LRU cache of
   `data.cache_mb`, shared out among the worker processes.
@@ -138,7 +131,7 @@ class Load:
 
   def __init__(self, data, patch: int, merge: int, strict: bool):
     self.data, self.patch, self.merge, self.strict = data, patch, merge, strict
-    self.rows, self.tokenizer, self.shape = sources.Rows(data.path), open_tokenizer(data), row_shape(data, patch, merge)
+    self.rows, self.tokenizer, self.shape = mixture.Rows(data), open_tokenizer(data), row_shape(data, patch, merge)
     self._cache = Cache((data.cache_mb << 20) // max(data.workers, 1))
 
   def __call__(self, i: int) -> Example | Skip:
@@ -151,7 +144,7 @@ class Load:
     except sources.BadRow as e:
       if self.strict:
         raise
-      return Skip(e.reason, str(e))
+      return Skip(e.reason, str(e), self.rows.where(i))
     self._cache.put(i, example)
     return example
 
@@ -161,13 +154,13 @@ class Load:
 
   def read(self, i: int) -> tuple[Example, list[chat.Turn]]:
     """The training sample of row i, and its turns with their media. Raises BadRow that names file and row."""
-    args = self.data, self.patch, self.merge
+    args, where = (self.data, self.patch, self.merge), self.rows.where(i)
     try:
       row = self.rows[i]
       trunk, *branches = [load_media(turns, *args) for turns in (row.trunk, *row.branches)]
       example = chat.tokenize(trunk, self.tokenizer, branches, self.patch, self.merge, row.source)
     except InputError as e:
-      message = str(e) if str(e).startswith(str(self.rows.path)) else f'{self.rows.where(i)}: {e}'
+      message = str(e) if str(e).startswith(where.rpartition(':')[0]) else f'{where}: {e}'
       raise sources.BadRow(getattr(e, 'reason', 'media'), message) from None
     return _grey(example) if self.data.grey else example, [turn for turns in (trunk, *branches) for turn in turns]
 
@@ -177,28 +170,40 @@ class Batches:
   batch that would have come next, also with another number of workers. `close()` ends threads and workers; state and
   stats stay readable."""
 
-  def __init__(self, packed: 'Packed'):
+  def __init__(self, packed: 'Packed', rows: mixture.Rows, process_count: int):
     live = [iter(grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=2))]
     self._live, self._position = live, live[0].get_state()
     # At exit too, and before modules are torn down: grain's own clean-up fails after that.
     self.close = weakref.finalize(self, _shut, live)
     self._reasons, self._last = collections.Counter(), collections.deque(maxlen=LAST)
+    self._owner = rows.name
+    self._sizes = {s.name: len(file) / process_count for s, file in zip(rows.sources, rows.files)}
+    self._met = {name: dict.fromkeys(_MET, 0) for name in self._sizes}
     self.sources: list[str] = []         # file:row of every sample in the last batch
 
   def __iter__(self) -> 'Batches':
     return self
 
   def __next__(self) -> Batch:
-    batch, skips, self.sources = next(self._iterator())
+    batch, skips, taken = next(self._iterator())
     self._position = self._iterator().get_state()
+    self.sources = [where for where, _ in taken]
+    for where, tokens in taken:
+      met = self._met[self._owner(where)]
+      met['samples'] += 1
+      met['tokens'] += tokens
     for skip in skips:
       self._reasons[skip.reason] += 1
       self._last.append(skip.message)
+      self._met[self._owner(skip.where)]['skipped'] += 1
     return batch
 
   def stats(self) -> dict[str, Any]:
-    """{'skipped': {reason: count}, 'last': [the latest messages, each with file:row]} up to the last batch."""
-    return {'skipped': dict(sorted(self._reasons.items())), 'last': list(self._last)}
+    """Of this process up to the last batch: {'skipped': {reason: count}, 'last': [the latest messages, each with
+    file:row], 'sources': {name: {'samples', 'tokens', 'skipped', 'epochs'}}}; a dataset of one file has the name ''."""
+    return {'skipped': dict(sorted(self._reasons.items())), 'last': list(self._last), 'sources': {
+        name: met | {'epochs': round((met['samples'] + met['skipped']) / self._sizes[name], 3)}
+        for name, met in self._met.items()}}
 
   def get_state(self) -> dict[str, Any]:
     return {'position': self._position, **self.stats()}
@@ -207,6 +212,8 @@ class Batches:
     self._iterator().set_state(dict(state['position']))
     self._position = self._iterator().get_state()
     self._reasons, self._last = collections.Counter(state['skipped']), collections.deque(state['last'], LAST)
+    # Checkpoints of before there were counters go on from 0.
+    self._met = {name: {key: state.get('sources', {}).get(name, {}).get(key, 0) for key in _MET} for name in self._met}
 
   def _iterator(self):
     if not self._live:
@@ -220,8 +227,8 @@ def _shut(live):
 
 
 class Packed(grain.IterDataset):
-  """Samples to (Batch, the skips met on the way, the batch's sources). State: first sample of the window, rows of it
-  already given out."""
+  """Samples to (Batch, the skips met on the way, (file:row, tokens) of the batch's samples). State: first sample of the
+  window, rows of it already given out."""
 
   def __init__(self, stream: grain.MapDataset, shape, rows: int, together: bool, workers: int, epoch: int):
     super().__init__()
@@ -278,8 +285,8 @@ class PackedIterator(grain.DatasetIterator):
       take = self._bins[self._row:self._row + self._packed.rows - len(rows)]
       rows += [(b, self._examples) for b in take]
       self._row += len(take)
-    names = [examples[item].source for bin_, examples in rows for item, _ in bin_.items]
-    return packing.collate(rows, self._packed.shape), skips, names
+    taken = [examples[item] for bin_, examples in rows for item, _ in bin_.items]
+    return packing.collate(rows, self._packed.shape), skips, [(e.source, len(e.token_T)) for e in taken]
 
   def _fill(self) -> list[Skip]:
     """Reads the next window of samples and packs it."""

@@ -204,6 +204,16 @@ def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
   return Tokenizer(backend, _config(backend, 'PreTrainedTokenizerFast'), TEMPLATE, 'trained vocabulary')
 
 
+def with_specials(words: Tokenizer) -> tuple[Tokenizer, list[str]]:
+  """A tokenizer with the special tokens of Keye that it lacks, after its last id, and their names. On Qwen3's this
+  gives every token the id that Keye has for it."""
+  backend = tokenizers.Tokenizer.from_str(words._full.to_str())
+  new = [t for t in SPECIALS if backend.token_to_id(t) is None]
+  backend.add_tokens([tokenizers.AddedToken(t, special=t in CONTROL, normalized=False) for t in new])
+  config = _config(backend, words.config.get('tokenizer_class', 'PreTrainedTokenizerFast'))
+  return Tokenizer(backend, config, TEMPLATE, words.name), new
+
+
 def _rebuild(text, config, template, name):
   return Tokenizer(tokenizers.Tokenizer.from_str(text), config, template, name)
 

@@ -56,7 +56,7 @@ def load_pretrained(folder: str | os.PathLike, dtype: Dtype | None = None,
     run = run_folder.read_config(folder)
     config = adapt(run.model)
     params = checkpoint.load_params(folder, keye.param_shapes(config), warnings.warn).params
-    data = dataclasses.replace(run.data, tokenizer=run_tokenizer(folder, run.data))
+    data = dataclasses.replace(run.data, tokenizer=run_tokenizer(folder, run.data), sources=())
     return Model(config, pipeline.open_tokenizer(data), data, folder, default_format(config)), params
   if folder.endswith('.gguf'):
     config, source, words = gguf.open_gguf(folder)

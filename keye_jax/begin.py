@@ -5,11 +5,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from data_pipelines.errors import InputError
 from keye_jax import api, run_folder
 from keye_jax.config import ModelConfig, RunConfig
-from keye_jax.nn import keye
+from keye_jax.nn import counts, keye
 from keye_jax.objectives.sft import sft
 from keye_jax.steps import state as state_lib
 from keye_jax.steps.optimizer import make_optimizer, rates
@@ -46,40 +47,67 @@ def programs(config: RunConfig) -> Programs:
 
 
 def first_state(config: RunConfig, made: Programs, say: Callable[[str], None]) -> State:
-  """State of step 0: random parameters, or those of `train.init`."""
-  key = jax.random.key(config.train.seed)
-  if not config.train.init:
-    return made.fresh(key)
-  return made.around(initial_params(config.model, config.train.init, key, say), key)
+  """State of step 0: random parameters, or those of `train.init`. Says what is trained when that is not all of it."""
+  key, init = jax.random.key(config.train.seed), config.train.init
+  state = made.around(initial_params(config.model, init, key, say), key) if init else made.fresh(key)
+  if state.frozen:
+    named = lambda params: ', '.join(f'{part} {n:,}' for part, n in counts.parts(params).items() if n)
+    say(f'{init or "new parameters"}: trains {named(state.train)}; frozen are {named(state.frozen)}')
+  return state
 
 
 def initial_params(model: ModelConfig, folder: str, key: jax.Array, say: Callable[[str], None]) -> Any:
   """Parameters of a run folder, a Hugging Face folder or a GGUF file, for `model`.
 
-  An indexer that the folder lacks is made new, and one that the model lacks is left out; both are said. Raises
-  InputError naming the first difference when anything else does not fit.
+  A part that the folder lacks (the indexers, or the vision encoder with its projector) is made new, and one that the
+  model lacks is left out; both are said. Raises InputError naming the first difference when anything else does not fit.
   """
   found, params = api.load_pretrained(folder, dtype=model.param_dtype)
   if differ := architecture_differences(found.config, model):
     name, (theirs, ours) = next(iter(differ.items()))
     raise InputError(f'train.init: {folder} has model.{name} = {theirs!r}, this run {ours!r}'
                      + (f' (and {len(differ) - 1} more keys differ)' if len(differ) > 1 else ''))
-  in_indexer = lambda path: 'indexer' in path
-  if found.config.text.indexer.heads and not model.text.indexer.heads:
-    say(f'{folder}: its indexer is left out, this model has none')
-    params = state_lib.pick(params, lambda path: not in_indexer(path))
-  if model.text.indexer.heads and not found.config.text.indexer.heads:
-    say(f'{folder}: has no indexer; a new one is initialised')
-    new = jax.jit(lambda key: state_lib.pick(keye.init(model, key), in_indexer))(key)
-    params = state_lib.merge(params, new)
+  for part in PARTS:
+    theirs, ours = part.there(found.config), part.there(model)
+    if theirs and not ours:
+      say(f'{folder}: its {part.name} is left out, this model has none')
+      params = state_lib.pick(params, lambda path: not part.holds(path))
+    if ours and not theirs:
+      say(f'{folder}: has no {part.name}; a new one is initialised')
+      params = state_lib.merge(params, new_params(model, key, part.holds, params['layers']['attn_norm']))
   return params
 
 
+class Part(NamedTuple):
+  """What a model to start from may lack or have too much."""
+  name: str
+  there: Callable[[ModelConfig], int]
+  holds: Callable[[tuple[str, ...]], bool]        # path of a parameter
+
+
+PARTS = (Part('indexer', lambda model: model.text.indexer.heads, lambda path: 'indexer' in path),
+         Part('vision encoder', lambda model: model.vision.layers, lambda path: path[0] in ('vision', 'projector')))
+
+
+def new_params(model: ModelConfig, key: jax.Array, keep: Callable[[tuple[str, ...]], bool], attn_norm_LD: jax.Array
+               ) -> dict[str, Any]:
+  """Random parameters of the paths that satisfy `keep`, for a model whose others exist already; nothing else is made.
+
+  Queries and keys of an indexer are normalised, so its gates alone set the size of its scores, and they read what
+  `attn_norm_LD` scales: without the division deep layers would begin with peaked scores and hardly learn.
+  """
+  def fn(key, attn_norm_LD):
+    rms_L = jnp.sqrt(jnp.mean(jnp.square(attn_norm_LD.astype(jnp.float32)), -1))
+    scaled = lambda path, x: (x / rms_L[:, None, None]).astype(x.dtype) if path[-1].key == 'gate' else x
+    return jax.tree_util.tree_map_with_path(scaled, state_lib.pick(keye.init(model, key), keep))
+  return jax.jit(fn)(key, attn_norm_LD)
+
+
 def architecture_differences(theirs: ModelConfig, ours: ModelConfig) -> dict[str, tuple[Any, Any]]:
-  """{'text.layers': (theirs, ours)} for what decides shapes or what the weights mean. An indexer may be absent on one
-  side."""
+  """{'text.layers': (theirs, ours)} for what decides shapes or what the weights mean. Indexer and vision may be absent
+  on one side."""
   if not (theirs.text.indexer.heads and ours.text.indexer.heads):
     theirs = dataclasses.replace(theirs, text=dataclasses.replace(theirs.text, indexer=ours.text.indexer))
-  if not theirs.vision.layers and not ours.vision.layers:
+  if not (theirs.vision.layers and ours.vision.layers):
     theirs = dataclasses.replace(theirs, vision=ours.vision)
   return {k: v for k, v in run_folder.differences(theirs, ours).items() if k not in _NOT_WEIGHTS}

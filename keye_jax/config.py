@@ -108,9 +108,18 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SourceConfig:
+  """One file of a mixture."""
+  name: str = ''                  # to count by
+  path: str = ''                  # file of rows, relative to `data.path`
+  weight: float = 1.0             # share of the samples, relative to the other sources' weights
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
   """What is read and how it is packed into static shapes."""
   path: str = ''                  # file of rows (JSONL, JSON, parquet, Arrow), media paths relative to it
+  sources: tuple[SourceConfig, ...] = ()   # files mixed by weight; `path` is then the folder they lie in
   tokenizer: str = ''             # folder with tokenizer.json; '': the one beside `path`, else Keye's full vocabulary
   tokens: int = 512               # T of a row
   vision_rows: int = 0            # R: vision rows packed per token row
@@ -176,6 +185,10 @@ def check(config: RunConfig) -> RunConfig:
        f'model.vision.embed = {vision.embed} is no multiple of heads = {vision.heads}'),
       (train.accumulate > 0 and train.batch % train.accumulate,
        f'train.batch = {train.batch} rows cannot be cut into train.accumulate = {train.accumulate} micro-batches'),
+      (len({s.name for s in config.data.sources} - {''}) < len(config.data.sources),
+       f'data.sources: the names {[s.name for s in config.data.sources]} must be different and not empty'),
+      *((s.weight <= 0, f'data.sources: {s.name!r} has weight {s.weight}; it must be above 0, or leave the source out')
+        for s in config.data.sources),
       *((getattr(train, key) < 1, f'train.{key} = {getattr(train, key)} must be at least 1')
         for key in ('steps', 'batch', 'accumulate', 'log_every', 'save_every', 'keep', 'max_bad_steps'))]
   for wrong, message in reversed(faults):       # a number below 1 first: the others are about larger ones

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import multihost_utils
 
-from data_pipelines import pipeline, sources
+from data_pipelines import pipeline
 from data_pipelines.errors import InputError
 from keye_jax import begin, checkpoint, feed, run_folder
 from keye_jax.config import RunConfig
@@ -46,7 +46,7 @@ def train(config: RunConfig, out: str | os.PathLike, wandb: str = '') -> Result:
     part = feed.share(layout, t.batch)
     batches = closing(pipeline.train_batches(config.data, t.batch, t.seed, *part, vision.patch, vision.merge))
     checkpoints, meter, made = checkpoint.Checkpoints(out, t.keep, say), Meter(t.max_bad_steps), begin.programs(config)
-    kept = {'config': dataclasses.asdict(config), 'dataset': fingerprints(config)}
+    kept = {'config': dataclasses.asdict(config), 'dataset': pipeline.fingerprints(config.data)}
     state, step = start(config, out, made, checkpoints, batches, meter, kept['dataset'])
     writer = closing(Writer(out, step, kept['config'], wandb))
     progress = closing(Progress('train', step, t.steps))
@@ -66,6 +66,7 @@ def train(config: RunConfig, out: str | os.PathLike, wandb: str = '') -> Result:
       if ended or step % t.log_every == 0:         # not when stopped: the window goes on after a restart
         record = meter.record() | {'learning_rate': made.rates(step - 1)['model'],
                                    'rows_skipped': rows_skipped(batches.stats()), 'compilations': compilations.count}
+        record |= counters(batches.stats())
         writer.write(step, record)
         progress.record(step, t.steps, record)
       if ended or stopped or step % t.save_every == 0:
@@ -80,7 +81,9 @@ def train(config: RunConfig, out: str | os.PathLike, wandb: str = '') -> Result:
     stats = batches.stats()
     summary = {'run': str(out), 'step': step, 'steps': t.steps} | meter.summary() | {
         'rows skipped': rows_skipped(stats), 'last row skipped': (stats['last'] or [''])[-1],
-        'compilations': compilations.count}
+        'compilations': compilations.count} | {
+        f'source {name}' if name else 'data': f'{met["samples"]:,} samples, {met["tokens"]:,} tokens, '
+        f'{met["skipped"]:,} rows skipped, {met["epochs"]:g} epochs' for name, met in stats['sources'].items()}
     return Result(step, 0 if step >= t.steps else signals.caught, summary)
 
 
@@ -102,9 +105,9 @@ def start(config: RunConfig, out: pathlib.Path, made: begin.Programs, checkpoint
   else:
     state, step = found.state, found.step
     for what, then in found.host['dataset'].items():
-      if then != dataset[what]:
+      if then != (now := dataset.get(what, 'absent')):
         raise InputError(f'{config.data.path}: the {what} changed since the checkpoint of step {step} (fingerprint '
-                         f'{then[:8]}, now {dataset[what][:8]}); bring them back, or start again with another --out')
+                         f'{then[:8]}, now {now[:8]}); bring them back, or start again with another --out')
     batches.set_state(found.host['data'])
     meter.restore(found.host['meter'])
     say(f'{out}: going on from step {step}' if step < config.train.steps else f'{out}: already at step {step}')
@@ -114,14 +117,14 @@ def start(config: RunConfig, out: pathlib.Path, made: begin.Programs, checkpoint
   return state, step
 
 
-def fingerprints(config: RunConfig) -> dict[str, str]:
-  """What must not change under a run, by the name to call it by in a message."""
-  return {'rows or media of the dataset': sources.fingerprint(config.data.path),
-          'tokenizer of the dataset': pipeline.open_tokenizer(config.data).fingerprint()}
-
-
 def rows_skipped(stats: dict[str, Any]) -> int:
   return sum(stats['skipped'].values())
+
+
+def counters(stats: dict[str, Any]) -> dict[str, float]:
+  """{'data/NAME/samples': ...} for the metrics, of this process since the first step; 'data/samples' of one file."""
+  return {'/'.join(filter(None, ('data', name, key))): value
+          for name, met in stats['sources'].items() for key, value in met.items()}
 
 
 class Signals:

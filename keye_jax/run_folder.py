@@ -47,19 +47,31 @@ def check_same(run: str | os.PathLike, config: RunConfig) -> list[str]:
   Returns 'key: old -> new' for the keys that may differ and do. Raises InputError naming every other one.
   """
   changed = differences(read_config(run), config)
-  if refused := {k: v for k, v in changed.items() if k not in FREE}:
+  free = lambda key: key in FREE or (key.startswith('data.sources.') and key.endswith('.path'))
+  if refused := {k: v for k, v in changed.items() if not free(k)}:
     text = '; '.join(f'{k} was {old!r}, now {new!r}' for k, (old, new) in refused.items())
     raise InputError(f'{run}: this run was started with another config: {text}. Use the same, or another --out')
   return [f'{k}: {old!r} -> {new!r}' for k, (old, new) in changed.items()]
 
 
 def differences(old: Any, new: Any, path: str = '') -> dict[str, tuple[Any, Any]]:
-  """{'train.steps': (old, new)} of two dataclasses of one type."""
+  """{'train.steps': (old, new)} of two dataclasses of one type.
+
+  A source of a mixture goes by its name, 'data.sources.NAME.weight'; one that is absent has weight 0.
+  """
   found = {}
   for field in dataclasses.fields(old):
     a, b, name = getattr(old, field.name), getattr(new, field.name), f'{path}{field.name}'
     if dataclasses.is_dataclass(a):
       found |= differences(a, b, f'{name}.')
+    elif isinstance(a, tuple) and any(map(dataclasses.is_dataclass, a + b)):
+      olds, news = ({x.name: x for x in each} for each in (a, b))
+      for key in sorted(olds.keys() | news):
+        if key in olds and key in news:
+          found |= differences(olds[key], news[key], f'{name}.{key}.')
+        else:
+          weight = lambda each, key=key: each[key].weight if key in each else 0.0
+          found[f'{name}.{key}.weight'] = weight(olds), weight(news)
     elif a != b:
       found[name] = (a, b)
   return found

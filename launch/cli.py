@@ -23,6 +23,7 @@ COMMANDS = {
     'evaluate': ('launch.evaluate', 'score a model on a question file beside trivial baselines'),
     'generate': ('launch.generate', 'answer a prompt about images and videos'),
     'import': ('launch.import_', 'check a Hugging Face folder or GGUF file and make it a run'),
+    'assemble': ('launch.assemble', 'put a language model and a vision encoder together, to begin pre-training with'),
     'export': ('launch.export', 'write a complete Hugging Face folder'),
     'bench': ('launch.bench', 'measure speed, beside a peer if asked'),
 }

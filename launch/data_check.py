@@ -39,7 +39,7 @@ def check(path: str, config, workers: int = 1) -> dict[str, Any]:
   data, patch, merge = DataConfig(path=path, tokens=1 << 40, vision_rows=1, vision_patches=1 << 40), 14, 2
   if config:
     vision = config.model.vision
-    data, patch, merge = dataclasses.replace(config.data, path=path, cache_mb=0), vision.patch, vision.merge
+    data, patch, merge = dataclasses.replace(config.data, path=path, sources=(), cache_mb=0), vision.patch, vision.merge
   rows = len(sources.Rows(path))
   found = list(tqdm(_each(rows, (data, patch, merge), min(workers, rows)), 'rows', rows, unit='row', leave=False))
   good = [f for f in found if not f.reason]

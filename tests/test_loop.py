@@ -17,6 +17,7 @@ import pytest
 from data_pipelines.errors import InputError
 from keye_jax import checkpoint, loop, metrics, run_folder
 from keye_jax.checkpoint import CUT_OFF
+from keye_jax.config import SourceConfig
 from tests import tiny_run
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -79,6 +80,34 @@ def test_another_dataset_is_refused(finished, tmp_path):
   other = tiny_run.dataset(tmp_path, seed=1)
   with pytest.raises(InputError, match='the rows or media of the dataset changed since the checkpoint of step 12'):
     loop.train(tiny_run.config(other, steps=14), finished[0])
+
+
+def test_a_mixture_is_counted_and_a_changed_one_refused_by_name(data, tmp_path):
+  tiny_run.dataset(tmp_path / 'more', rows=12, seed=1)
+  sources = SourceConfig('first', str(data), 3.0), SourceConfig('second', 'sums.jsonl', 1.0)
+
+  def mixed(*sources, **train):
+    config = tiny_run.config(data, **train)
+    where = dict(path=str(tmp_path / 'more'), tokenizer=str(data.parent))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources, **where))
+
+  out = tmp_path / 'run'
+  summary = loop.train(mixed(*sources, steps=4), out).summary
+  last = metrics.read(out)[-1]
+  assert last['data/first/samples'] > last['data/second/samples'] > 0
+  assert last['data/second/epochs'] == (last['data/second/samples'] + last['data/second/skipped']) / 12
+  assert summary['source second'].startswith(f'{last["data/second/samples"]} samples, ')
+  with pytest.raises(InputError, match=r'data.sources.second.weight was 1.0, now 2.0\. '):
+    loop.train(mixed(sources[0], dataclasses.replace(sources[1], weight=2.0), steps=6), out)
+  with pytest.raises(InputError, match='second.weight was 1.0, now 0.0; data.sources.third.weight was 0.0, now 1.0'):
+    loop.train(mixed(sources[0], dataclasses.replace(sources[1], name='third'), steps=6), out)
+  file = tmp_path / 'more' / 'sums.jsonl'
+  moved = file.rename(tmp_path / 'moved.jsonl')
+  there = sources[0], dataclasses.replace(sources[1], path=str(moved))
+  assert loop.train(mixed(*there, steps=6), out).step == 6                     # where a file lies does not matter
+  moved.write_text(moved.read_text() + '\n')
+  with pytest.raises(InputError, match="rows or media of the source 'second' changed since the checkpoint of step 6"):
+    loop.train(mixed(*there, steps=8), out)
 
 
 def test_a_folder_has_one_trainer(finished, data):

@@ -2,6 +2,7 @@
 import numpy as np
 
 RELATIVE = {'float32': 1e-5, 'bfloat16': 1e-2}
+LOSS = 1e-4         # nats: two training loops in float32 after the same number of steps
 
 
 def relative_error(actual, expected) -> float:

@@ -57,7 +57,8 @@ def from_hf(raw: dict[str, Any], where: str = 'config.json') -> tuple[ModelConfi
       max_position=_get(raw, where, 'max_position_embeddings'),
       dense_ffn=_get(raw, where, 'intermediate_size', default=0) if experts else 0,
       indexer=_indexer(raw, where) if fmt == 'keye' else IndexerConfig())
-  vision = _vision(raw, where) if fmt == 'keye' and raw.get('vision_config') else VisionConfig()
+  seen = raw.get('vision_config') if fmt == 'keye' else None
+  vision = vision_keys(seen, f'{where}: vision_config') if seen else VisionConfig()
   return ModelConfig(text=text, vision=vision, attention='sparse' if text.indexer.heads else 'dense'), fmt
 
 
@@ -160,8 +161,8 @@ def _indexer(raw, where) -> IndexerConfig:
                        topk=_get(sa, inside, 'topk'))
 
 
-def _vision(raw, where) -> VisionConfig:
-  v, inside = raw['vision_config'], f'{where}: vision_config'
+def vision_keys(v: dict[str, Any], inside: str) -> VisionConfig:
+  """The tower that the keys of a `vision_config` describe, of Keye or SigLIP. Raises InputError naming the key."""
   if (act := v.get('hidden_act', 'gelu_pytorch_tanh')) != 'gelu_pytorch_tanh':
     raise InputError(f'{inside}: hidden_act {act!r} is not supported (supported: gelu_pytorch_tanh)')
   return VisionConfig(

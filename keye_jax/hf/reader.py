@@ -29,6 +29,25 @@ Index = tuple[slice, ...]
 Place = Callable[[str, tuple[int, ...], np.dtype, Callable[[Index], np.ndarray]], Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Unread:
+  """A parameter that stays in its folder: `x[layer]` or `x[layer, expert, :, :n]` reads that block and no more."""
+  shape: tuple[int, ...]
+  fetch: Callable[[Index], np.ndarray]
+
+  def __getitem__(self, index: int | slice | tuple[int | slice, ...]) -> np.ndarray:
+    index = index if isinstance(index, tuple) else (index,)
+    stacked = sum(isinstance(i, int) for i in index)         # layer and expert come first
+    slices = [slice(i, i + 1) if isinstance(i, int) else i for i in index]
+    block = self.fetch((*slices, *[slice(None)] * (len(self.shape) - len(slices))))
+    return block.reshape(block.shape[stacked:])
+
+
+def leave(path: str, shape: tuple[int, ...], dtype: np.dtype, fetch: Callable[[Index], np.ndarray]) -> Unread:
+  """A `Place` that reads nothing yet."""
+  return Unread(shape, fetch)
+
+
 class Source(NamedTuple):
   """Stored tensors by name, wherever they lie."""
   shapes: dict[str, tuple[int, ...]]

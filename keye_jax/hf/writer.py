@@ -19,7 +19,7 @@ from data_pipelines.tokenizer import Tokenizer
 from keye_jax.config import DataConfig, ModelConfig
 from keye_jax.hf import config, names, processor
 from keye_jax.hf.card import Card, render
-from keye_jax.hf.reader import DTYPES
+from keye_jax.hf.reader import DTYPES, Unread
 
 SHARD_BYTES = 5_000_000_000
 TOKEN_KEYS = {'image_token_id': '<|image_pad|>', 'video_token_id': '<|video_pad|>',
@@ -32,7 +32,8 @@ def export(folder: str, cfg: ModelConfig, params: Mapping[str, Any], tokenizer: 
            shard_bytes: int = SHARD_BYTES) -> str:
   """Writes `folder`, which must not exist, and returns its path.
 
-  params: nested dict of our parameters, numpy or jax arrays that this process holds whole.
+  params: nested dict of our parameters, numpy or jax arrays that this process holds whole, or `reader.Unread`: those
+  are read when they are written, a shard at a time.
   data: media limits of the run; needed when the model sees. dtype: 'bfloat16' or 'float32', of the stored weights.
   Raises InputError when the folder exists, the model does not fit the format, a parameter has another shape than the
   config says, the tokenizer does not fit the vocabulary, or the disk is full.
@@ -82,17 +83,18 @@ def write_weights(folder: str, flat: Mapping[str, Any], table: list[names.Tensor
     shards[-1].append(tensor)
     used += size
   files = [f'model-{i + 1:05}-of-{len(shards):05}.safetensors' for i in range(len(shards))]
-  host: dict[str, np.ndarray] = {}      # a jax array on the CPU is viewed, not copied
+  host: dict[str, np.ndarray | Unread] = {}      # a jax array on the CPU is viewed, not copied
   for file, shard in zip(files, shards):
     for piece in (p for t in shard for p in t.pieces if p.path not in host):
-      host[piece.path] = np.asarray(flat[piece.path])
+      value = flat[piece.path]
+      host[piece.path] = value if isinstance(value, Unread) else np.asarray(value)
     save_file({t.name: stored(t, host, dtype) for t in shard}, os.path.join(folder, file), {'format': 'pt'})
   _json(folder, 'model.safetensors.index.json', {
       'metadata': {'total_size': sum(_bytes(t, dtype) for t in table)},
       'weight_map': {t.name: file for file, shard in zip(files, shards) for t in shard}})
 
 
-def stored(tensor: names.Tensor, host: Mapping[str, np.ndarray], dtype: str) -> np.ndarray:
+def stored(tensor: names.Tensor, host: Mapping[str, np.ndarray | Unread], dtype: str) -> np.ndarray:
   """One tensor of the folder from our parameters."""
   parts = [names.to_stored(p.rule, host[p.path][p.index].astype(DTYPES[dtype]), p.rows[1] - p.rows[0])
            for p in tensor.pieces]

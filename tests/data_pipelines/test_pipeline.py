@@ -232,10 +232,12 @@ def test_workers_change_neither_order_nor_resume(path):
   it.close()
 
 
-def test_fingerprint_ignores_speed_settings_only(path):
-  base = pipeline.fingerprint(config(path))
-  assert pipeline.fingerprint(config(path, cache_mb=5, workers=2)) == base
-  assert pipeline.fingerprint(config(path, tokens=97)) != base and pipeline.fingerprint(config(path, grey=True)) != base
+def test_fingerprints_follow_the_contents_only(path, tmp_path):
+  base = pipeline.fingerprints(config(path))
+  assert pipeline.fingerprints(config(path, cache_mb=5, workers=2)) == base
+  (tmp_path / 'd.jsonl').write_text(path.read_text() + '\n')
+  other = pipeline.fingerprints(config(tmp_path / 'd.jsonl', tokenizer=str(path.parent)))
+  assert {what for what in base if base[what] != other[what]} == {'rows or media of the dataset'}
 
 
 def test_questions_of_an_evaluation(path, tmp_path):

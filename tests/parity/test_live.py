@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from data_pipelines.images import patchify
+from keye_jax import api
 from keye_jax.hf import names, reader, writer
 from keye_jax.nn import head, keye
 from tests.hf.models import DATA, MODELS, random_params, tiny_tokenizer
+from tests.launch.test_assemble import command
 from tests.parity.fixtures import text_batch
 from tests.tolerances import assert_close
 
@@ -56,6 +58,31 @@ def test_experts_as_transformers_holds_them(tmp_path):
   assert names.expert_layout(cfg, 'qwen3_moe', source.shapes) == 'module'
   theirs = writer.flatten(reader.load_folder(str(tmp_path / 'theirs')).params)
   assert all((theirs[k] == v).all() for k, v in writer.flatten(params).items())
+
+
+def test_a_keye_from_models_of_transformers(tmp_path):
+  """Both folders written by transformers; with dense attention the result is the language model."""
+  torch.manual_seed(0)
+  lm = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(
+      vocab_size=320, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+      num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20,
+      norm_topk_prob=True, tie_word_embeddings=False, attn_implementation='eager')).float().eval()
+  small = dict(hidden_size=16, intermediate_size=28, num_hidden_layers=2, num_attention_heads=2)
+  vit = transformers.SiglipModel(transformers.SiglipConfig(
+      vision_config=dict(small, image_size=56, patch_size=14), text_config=dict(small, vocab_size=30)))
+  for part, name in ((lm, 'lm'), (vit, 'vit'), (vit.vision_model, 'tower')):
+    part.save_pretrained(tmp_path / name)
+  tiny_tokenizer().save(tmp_path / 'lm')
+  theirs = {name: value.numpy() for name, value in vit.state_dict().items() if name.startswith('vision_model.')}
+  for name in ('vit', 'tower'):
+    assert command(tmp_path / 'lm', tmp_path / name, tmp_path / f'with {name}', '--dtype', 'float32') == 0
+    source = reader.open_folder(str(tmp_path / f'with {name}'))
+    copied = {key: value for key, value in theirs.items() if f'visual.{key}' in source.shapes}
+    assert len(copied) == 5 + 2 * 16
+    for key, value in copied.items():
+      np.testing.assert_array_equal(source.read(f'visual.{key}', ()), value, err_msg=key)
+    model, params = api.load_pretrained(tmp_path / f'with {name}', attention='dense')
+    assert_close(our_logits(model.config, params), their_logits(lm))
 
 
 def test_tokenizer_and_processors_of_an_export(tmp_path):
