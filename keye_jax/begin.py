@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from data_pipelines.errors import InputError
 from keye_jax import api, run_folder
@@ -71,8 +72,21 @@ def initial_params(model: ModelConfig, folder: str, key: jax.Array, say: Callabl
   if model.text.indexer.heads and not found.config.text.indexer.heads:
     say(f'{folder}: has no indexer; a new one is initialised')
     new = jax.jit(lambda key: state_lib.pick(keye.init(model, key), in_indexer))(key)
-    params = state_lib.merge(params, new)
+    params = state_lib.merge(params, even_gates(new, params['layers']['attn_norm']))
   return params
+
+
+def even_gates(new: Any, norm_LD: jax.Array) -> Any:
+  """`new` indexer parameters with each layer's gate divided by the rms of the norm that scales its input.
+
+  Index queries and keys are normalised, so the gate alone sets the size of the first scores. A trained model's norms
+  differ from layer to layer by an order of magnitude: without this some indexers start saturated and others flat.
+  """
+  layers = new['layers']
+  indexer = layers['attn']['indexer']
+  rms_L = jnp.sqrt(jnp.mean(jnp.square(norm_LD.astype(jnp.float32)), -1))
+  gate_LDI = (indexer['gate'] / jnp.maximum(rms_L, 1e-6)[:, None, None]).astype(indexer['gate'].dtype)
+  return new | {'layers': layers | {'attn': layers['attn'] | {'indexer': indexer | {'gate': gate_LDI}}}}
 
 
 def architecture_differences(theirs: ModelConfig, ours: ModelConfig) -> dict[str, tuple[Any, Any]]:
