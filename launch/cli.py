@@ -18,6 +18,7 @@ COMMANDS = {
     'describe': ('launch.describe', 'parameters, bytes and FLOPs of a config, without allocating it'),
     'data': ('launch.data', 'make or check a dataset'),
     'train': ('launch.train', 'train or fine-tune a model; run again to go on'),
+    'retrofit': ('launch.retrofit', 'give a trained dense model sparse attention and measure what it costs'),
     'evaluate': ('launch.evaluate', 'score a model on a question file beside trivial baselines'),
     'generate': ('launch.generate', 'answer a prompt about images and videos'),
     'import': ('launch.import_', 'check a Hugging Face folder or GGUF file and make it a run'),
