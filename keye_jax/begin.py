@@ -91,16 +91,20 @@ PARTS = (Part('indexer', lambda model: model.text.indexer.heads, lambda path: 'i
 
 def new_params(model: ModelConfig, key: jax.Array, keep: Callable[[tuple[str, ...]], bool], attn_norm_LD: jax.Array
                ) -> dict[str, Any]:
-  """Random parameters of the paths that satisfy `keep`, for a model whose others exist already; nothing else is made.
+  """Random parameters of the paths that satisfy `keep`, for a model whose others exist already."""
+  return jax.jit(lambda key, norm_LD: even_gates(state_lib.pick(keye.init(model, key), keep), norm_LD))(
+      key, attn_norm_LD)
 
-  Queries and keys of an indexer are normalised, so its gates alone set the size of its scores, and they read what
-  `attn_norm_LD` scales: without the division deep layers would begin with peaked scores and hardly learn.
+
+def even_gates(new: Any, norm_LD: jax.Array) -> Any:
+  """`new` parameters with the gate of each layer's indexer divided by the rms of the norm that scales its input.
+
+  Index queries and keys are normalised, so the gate alone sets the size of the first scores. A trained model's norms
+  differ from layer to layer by an order of magnitude: without this some indexers start saturated and others flat.
   """
-  def fn(key, attn_norm_LD):
-    rms_L = jnp.sqrt(jnp.mean(jnp.square(attn_norm_LD.astype(jnp.float32)), -1))
-    scaled = lambda path, x: (x / rms_L[:, None, None]).astype(x.dtype) if path[-1].key == 'gate' else x
-    return jax.tree_util.tree_map_with_path(scaled, state_lib.pick(keye.init(model, key), keep))
-  return jax.jit(fn)(key, attn_norm_LD)
+  rms_L = jnp.sqrt(jnp.mean(jnp.square(norm_LD.astype(jnp.float32)), -1))
+  even = lambda path, x: (x / jnp.maximum(rms_L, 1e-6)[:, None, None]).astype(x.dtype) if path[-1].key == 'gate' else x
+  return jax.tree_util.tree_map_with_path(even, new)
 
 
 def architecture_differences(theirs: ModelConfig, ours: ModelConfig) -> dict[str, tuple[Any, Any]]:

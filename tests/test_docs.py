@@ -8,10 +8,10 @@ import shlex
 
 import pytest
 
-from launch import cli, kernels_page, results, scale_page
+from launch import cli, kernels_page, results, retrofit_page, scale_page
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = ['README.md', 'CONTRIBUTING.md', 'docs/papers.md', 'docs/kernels.md', 'docs/scale.md']
+PAGES = ['README.md', 'CONTRIBUTING.md', 'docs/papers.md', 'docs/kernels.md', 'docs/scale.md', 'docs/lossless.md']
 FOLDERS = ('', 'pallas_kernels', 'data_pipelines', 'keye_jax', 'tests/data_pipelines')
 # What the documentation names without promising that it lies in the checkout.
 ELSEWHERE = re.compile(r'runs/|~/|report\.html$|reference\.py$|xla\.py$|tpu\.py$|gpu\.py$|__init__\.py$|utils\.py$')
@@ -59,6 +59,16 @@ def test_kernels_page_shows_what_was_recorded():
 def test_scale_page_shows_what_was_recorded():
   shown = scale_page.PAGE.read_text().split(scale_page.START)[1].split(scale_page.END)[0].strip()
   assert shown == scale_page.block(json.loads((results.FOLDER / 'scale.json').read_text()))
+
+
+def test_lossless_page_shows_what_was_recorded():
+  page = retrofit_page.PAGE.read_text()
+  shown = page.split(retrofit_page.START)[1].split(retrofit_page.END)[0].strip()
+  recorded = results.FOLDER / 'lossless.json'
+  said = json.loads(recorded.read_text()) if recorded.exists() else None
+  assert shown == (retrofit_page.block(said) if said else '')
+  for name, svg in (retrofit_page.plots(said['rows']) if said else {}).items():
+    assert (retrofit_page.PAGE.parent / name).read_text() == svg + '\n'
 
 
 @pytest.mark.parametrize('change, why', [

@@ -26,18 +26,8 @@ def selections(config: ModelConfig, params, batch: Batch) -> tuple[jax.Array, ja
   """
   c, text = config, config.text
   segment, order = batch.segment_BT, batch.order_BT
-  is_text_BT = batch.vision_BT < 0
-  x_BTD = decoder.lookup(c, params['embed'], batch.token_BT, is_text_BT)
-  if c.vision.layers and batch.patch_BRNC.shape[1]:
-    pixels = (batch.patch_BRNC.astype(jnp.float32) / 255 - c.vision.mean) / c.vision.std
-    features = Vision(c).apply({'params': params['vision']}, pixels, batch.coord_BRN4, batch.frame_BRN)
-    seen_BMD = Projector(c).apply({'params': params['projector']}, features)
-    x_BTD = jnp.where(is_text_BT[..., None], x_BTD, place(c, seen_BMD, batch.vision_BT))
-  tables = functools.partial(rope.tables, batch.position_BT3)
-  index_section = rope.scale_section(text.mrope_section, text.head_dim, text.indexer.head_dim)
-  main = tables(text.head_dim, text.rope_theta, text.mrope_section, text.mrope_interleaved)
-  index = tables(text.indexer.head_dim, text.rope_theta, index_section, text.mrope_interleaved)
-  ctx = Context(*main, *index, segment, order, segment, order, None)
+  x_BTD, ctx = start(config, params, batch)
+  index = ctx.index_cos_BTF, ctx.index_sin_BTF
   masks = []
   for i in range(text.layers):
     own = jax.tree.map(lambda a: a[i], params['layers'])
@@ -48,3 +38,23 @@ def selections(config: ModelConfig, params, batch: Batch) -> tuple[jax.Array, ja
     masks.append(select_mask(selection, iq, ik, gate, *where))
     x_BTD, _ = decoder.Block(c).apply({'params': own}, x_BTD, ctx, None)
   return jnp.stack(masks), layers.rms_norm(x_BTD, params['norm'], text.norm_eps)
+
+
+def start(config: ModelConfig, params, batch: Batch) -> tuple[jax.Array, Context]:
+  """(hidden states before the first block, what all blocks share). Without a mesh, without a cache."""
+  text = config.text
+  is_text_BT = batch.vision_BT < 0
+  x_BTD = decoder.lookup(config, params['embed'].astype(config.dtype), batch.token_BT, is_text_BT)
+  if config.vision.layers and batch.patch_BRNC.shape[1]:
+    pixels = (batch.patch_BRNC.astype(jnp.float32) / 255 - config.vision.mean) / config.vision.std
+    features = Vision(config).apply({'params': params['vision']}, pixels, batch.coord_BRN4, batch.frame_BRN)
+    seen_BMD = Projector(config).apply({'params': params['projector']}, features)
+    x_BTD = jnp.where(is_text_BT[..., None], x_BTD, place(config, seen_BMD, batch.vision_BT))
+  tables = functools.partial(rope.tables, batch.position_BT3)
+  main = tables(text.head_dim, text.rope_theta, text.mrope_section, text.mrope_interleaved)
+  index = None, None
+  if text.indexer.heads:
+    section = rope.scale_section(text.mrope_section, text.head_dim, text.indexer.head_dim)
+    index = tables(text.indexer.head_dim, text.rope_theta, section, text.mrope_interleaved)
+  segment, order = batch.segment_BT, batch.order_BT
+  return x_BTD, Context(*main, *index, segment, order, segment, order, None)

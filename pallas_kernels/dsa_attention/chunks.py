@@ -137,7 +137,8 @@ def gathered_or(dense: Callable, options: Options, row: Plan, q_GNK, kv_SX, word
 
   def gathered():
     q_QGNK = tiles.cut_heads(q_GNK, row.size, tile)
-    one = lambda x: union.attend(x[0], kv_SX, x[1], x[2], tile, options.scale)
+    read = lambda index_U: kv_SX.at[index_U].get(mode='promise_in_bounds').reshape(len(index_U), -1, q_GNK.shape[2])
+    one = lambda x: union.attend(x[0], read, x[1], x[2], tile, options.scale)
     o_QGNK, lse_QGN = jax.lax.map(one, (q_QGNK, word_QS, members))
     return tiles.join_heads(o_QGNK, tile), tiles.join_heads(lse_QGN, tile)
 

@@ -6,6 +6,7 @@ query of the tile selected the key.
 
 S key time, G KV heads, N stacked queries (pallas_kernels/tiles.py), K head dim, W words of 32 keys, U gathered keys.
 """
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -46,8 +47,9 @@ def nth(members: Picks, n_U: jax.Array) -> jax.Array:
   return word_U * 32 + jnp.minimum(place_U, 31).astype(jnp.int32)
 
 
-def attend(q_GNK, kv_SX, word_S, members: Picks, T: int, scale) -> tuple[jax.Array, jax.Array]:
-  """(o_GNK float32, lse_GN) of one tile of T queries. kv_SX: keys then values of all KV heads, [S, 2 * G * K]."""
+def attend(q_GNK, read: Callable, word_S, members: Picks, T: int, scale) -> tuple[jax.Array, jax.Array]:
+  """(o_GNK float32, lse_GN) of one tile of T queries. read(index_U): keys then values of all KV heads, [U, 2 G, K];
+  those of keys that are not members must be finite."""
   G, N, K = q_GNK.shape
   bit_N = jnp.tile(jnp.arange(T, dtype=jnp.int32), N // T)
   total = members.end_W[-1]
@@ -55,7 +57,7 @@ def attend(q_GNK, kv_SX, word_S, members: Picks, T: int, scale) -> tuple[jax.Arr
   def step(i, heads):
     n_U = i * GATHER + jnp.arange(GATHER, dtype=jnp.int32)
     index_U = nth(members, n_U)
-    kv_UX = kv_SX.at[index_U].get(mode='promise_in_bounds').reshape(GATHER, 2 * G, K)
+    kv_UX = read(index_U)
     word_U = jnp.where(n_U < total, word_S[index_U], 0)
     on_UN = ((word_U[:, None] >> bit_N) & 1) > 0
     # Keys lead: with few queries that product runs at twice the speed of the other order.

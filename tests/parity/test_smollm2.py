@@ -21,3 +21,9 @@ def test_logits_and_paris():
     assert_close(logits_TV[-1], data['last_V'], what='last position')
     assert_close(logits_TV[:, ::64], data['every_64th'], what='all positions')
   assert model.tokenizer.decode([int(logits_TV[-1].argmax())]) == ' Paris'
+
+
+def test_recipe_for_it_has_its_architecture():
+  from configs import dsa_retrofit
+  from keye_jax.hf import gguf
+  assert gguf.open_gguf(gguf.packaged())[0].text == dsa_retrofit.SMOLLM2.text
