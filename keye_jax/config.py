@@ -132,7 +132,9 @@ class DataConfig:
   max_pixels: int = 67108864      # of one picture or frame as stored: 8192 x 8192
   max_decode_seconds: float = 600.0     # for reading one video
   cache_mb: int = 0               # decoded media kept in memory, per process
-  workers: int = 0                # grain worker processes
+  workers: int = 0                # grain worker processes, per process
+  streams: int = 0                # that the rows of a batch come from; 0: as many as there are processes at the start
+  max_wait_seconds: float = 1800.0      # for one batch; then workers are replaced, and without any the run ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +178,8 @@ def check(config: RunConfig) -> RunConfig:
        f'model.vision.embed = {vision.embed} is no multiple of heads = {vision.heads}'),
       (train.accumulate > 0 and train.batch % train.accumulate,
        f'train.batch = {train.batch} rows cannot be cut into train.accumulate = {train.accumulate} micro-batches'),
+      (config.data.streams and train.batch % config.data.streams,
+       f'train.batch = {train.batch} rows cannot come in equal shares from data.streams = {config.data.streams}'),
       *((getattr(train, key) < 1, f'train.{key} = {getattr(train, key)} must be at least 1')
         for key in ('steps', 'batch', 'accumulate', 'log_every', 'save_every', 'keep', 'max_bad_steps'))]
   for wrong, message in reversed(faults):       # a number below 1 first: the others are about larger ones

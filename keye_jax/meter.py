@@ -15,7 +15,7 @@ ROWS_NAMED = 4         # rows of a bad batch that a message names
 class _Step(NamedTuple):
   number: int
   metrics: Any         # on the devices, perhaps still being computed
-  tokens: int
+  tokens: Any          # int, or an array on the devices
   sources: list[str]
 
 
@@ -38,7 +38,7 @@ class Meter:
     yield
     self._spent[what] += time.perf_counter() - begun
 
-  def add(self, step: int, metrics: Any, tokens: int, sources: list[str]) -> None:
+  def add(self, step: int, metrics: Any, tokens: Any, sources: list[str]) -> None:
     self._pending.append(_Step(step, metrics, tokens, sources))
 
   def settle(self, leave: int = 0) -> None:
@@ -47,7 +47,7 @@ class Meter:
       step = self._pending.popleft()
       metrics = jax.device_get(step.metrics)
       self._window.add(metrics)
-      self._totals['tokens'] += step.tokens
+      self._totals['tokens'] += int(step.tokens)
       self._done += 1
       if self._warm is None:                 # the first step compiles
         self._warm = (time.perf_counter(), self._totals['tokens'])

@@ -23,9 +23,13 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
 
   # After the config: a misspelt key or --help must not wait for jax.
   from keye_jax import loop, metrics
-  from launch import runtime
+  from launch import runtime, together
   runtime.start(config.mesh)
-  result = loop.train(config, args.out, args.wandb)
-  if metrics.is_writer():
-    print(json.dumps(result.summary) if args.json else metrics.table(result.summary))
-  return 128 + result.stopped_by if result.stopped_by else 0
+
+  def work() -> int:
+    result = loop.train(config, args.out, args.wandb)
+    if metrics.is_writer():
+      print(json.dumps(result.summary) if args.json else metrics.table(result.summary))
+    return 128 + result.stopped_by if result.stopped_by else 0
+
+  return together.run('train', work)
