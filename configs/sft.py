@@ -56,6 +56,7 @@ def full() -> RunConfig:
           batch=128,
           balance_weight=0.001,   # router_aux_loss_coef of Qwen3-MoE
           indexer_weight=1.0,     # with detached inputs it only sets the size of the indexer's own step
+          spike_factor=2.0,       # a batch of 8 M tokens does not double the loss unless something is wrong with it
           save_every=500, keep=3))
 
 

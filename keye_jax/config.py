@@ -146,7 +146,8 @@ class TrainConfig:
   freeze: tuple[str, ...] = ()    # parameter path prefixes, e.g. ('vision',)
   balance_weight: float = 0.001   # router load balance
   indexer_weight: float = 1.0     # only scales the indexer's own step
-  max_bad_steps: int = 10         # stop after so many non-finite steps in a row
+  max_bad_steps: int = 10         # stop after so many skipped steps in a row
+  spike_factor: float = 0.0       # skip a step whose loss is above so many times the recent median; 0: never
   log_every: int = 10
   save_every: int = 1000
   keep: int = 2                   # checkpoints kept
@@ -180,6 +181,8 @@ def check(config: RunConfig) -> RunConfig:
        f'train.batch = {train.batch} rows cannot be cut into train.accumulate = {train.accumulate} micro-batches'),
       (config.data.streams and train.batch % config.data.streams,
        f'train.batch = {train.batch} rows cannot come in equal shares from data.streams = {config.data.streams}'),
+      (train.spike_factor and train.spike_factor <= 1,
+       f'train.spike_factor = {train.spike_factor} must be above 1, or 0 for no limit'),
       *((getattr(train, key) < 1, f'train.{key} = {getattr(train, key)} must be at least 1')
         for key in ('steps', 'batch', 'accumulate', 'log_every', 'save_every', 'keep', 'max_bad_steps'))]
   for wrong, message in reversed(faults):       # a number below 1 first: the others are about larger ones

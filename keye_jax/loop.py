@@ -36,7 +36,7 @@ def train(config: RunConfig, out: str | os.PathLike, wandb: str = '') -> Result:
 
   A first SIGTERM or SIGINT ends the step under way, saves and returns; a second one ends the process at once.
   Raises InputError: another process trains in `out`; `out` was started with another config or dataset; a checkpoint
-  could not be saved; `max_bad_steps` steps in a row were not finite; the data gave no batch for too long.
+  could not be saved; `max_bad_steps` steps in a row were skipped; the data gave no batch for too long.
   """
   t, vision, layout = config.train, config.model.vision, config.model.layout
   out = pathlib.Path(out)
@@ -48,7 +48,7 @@ def train(config: RunConfig, out: str | os.PathLike, wandb: str = '') -> Result:
     batches = closing(pipeline.train_batches(config.data, t.batch, t.seed, *part, vision.patch, vision.merge,
                                              report=say_anywhere))
     checkpoints, made = checkpoint.Checkpoints(out, t.keep, say), begin.programs(config)
-    meter = Meter(t.max_bad_steps)
+    meter = Meter(t.max_bad_steps, t.spike_factor)
     kept = {'config': dataclasses.asdict(config), 'dataset': fingerprints(config)}
     state, step = start(config, out, made, checkpoints, batches, meter, kept['dataset'])
     writer = closing(Writer(out, step, kept['config'], wandb))
@@ -60,7 +60,7 @@ def train(config: RunConfig, out: str | os.PathLike, wandb: str = '') -> Result:
         batch = next(batches)
         placed = feed.place(layout, batch, *part)
       with meter.timed('compute'):
-        state, metrics = made.update(state, placed, made.rates(step))
+        state, metrics = made.update(state, placed, made.rates(step), meter.limit(step + 1))
         step += 1
         meter.add(step, metrics, feed.tokens(batch, placed), batches.sources)
         meter.settle(leave=1)           # one step stays under way while the host fetches the next batch
