@@ -22,6 +22,7 @@ COMMANDS = {
     'generate': ('launch.generate', 'answer a prompt about images and videos'),
     'import': ('launch.import_', 'check a Hugging Face folder or GGUF file and make it a run'),
     'export': ('launch.export', 'write a complete Hugging Face folder'),
+    'launch': ('launch.launch', 'hand a command to Kubernetes, Slurm, SkyPilot or Ray'),
     'bench': ('launch.bench', 'measure speed, beside a peer if asked'),
 }
 
