@@ -188,14 +188,14 @@ class _Ahead:
 
   def __init__(self, iterator):
     self._iterator, self._ready, self._stop = iterator, queue.Queue(AHEAD), threading.Event()
-    self._thread = threading.Thread(target=self._work, daemon=True, name='data')
+    self._thread, self._ended = threading.Thread(target=self._work, daemon=True, name='data'), None
 
   def _work(self) -> None:
     while not self._stop.is_set():
       try:
         found = next(self._iterator), self._iterator.get_state()
       except BaseException as e:             # raised where the batch is asked for
-        found = e
+        found = self._ended = e
       self._ready.put(found)
       if not isinstance(found, tuple):
         return
@@ -204,10 +204,11 @@ class _Ahead:
     """(item, state behind it), the exception that ended the iterator, or None when there is nothing in time."""
     if self._thread.ident is None:
       self._thread.start()
+    more = self._thread.is_alive()
     try:
-      return self._ready.get(timeout=seconds)
+      return self._ready.get(timeout=seconds if more else 0.01)
     except queue.Empty:
-      return None
+      return None if more else self._ended
 
   def close(self) -> None:
     """Waits for the item under way, but not for one that hangs."""

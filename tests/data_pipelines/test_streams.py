@@ -119,8 +119,9 @@ def test_other_errors_pass_through():
   def trouble(n):
     raise InputError('a.jsonl:3: bad')
   it, said = numbers(trouble)
-  with pytest.raises(InputError, match='^a.jsonl:3: bad$'):
-    next(it)
+  for _ in range(2):                       # again if asked again
+    with pytest.raises(InputError, match='^a.jsonl:3: bad$'):
+      next(it)
   assert not said
   it.close()
 
@@ -128,11 +129,11 @@ def test_other_errors_pass_through():
 def test_reading_that_hangs_is_told_and_then_ends_the_run(monkeypatch):
   monkeypatch.setattr(streams, 'SAY_AFTER', 0.1)
   forever = threading.Event()
-  it, said = numbers(lambda n: n == 2 and forever.wait(), waits=0.25)
+  it, said = numbers(lambda n: n == 2 and forever.wait(), waits=1.0)
   assert take(it, 2) == [0, 1]
-  with pytest.raises(streams.Stuck, match='no batch for 0 s .*after row 1. Look at the disk'):
+  with pytest.raises(streams.Stuck, match=r'no batch for \d+ s .*after row 1. Look at the disk'):
     next(it)
-  assert 'no batch for 0 s; it may take 0 s (data.max_wait_seconds)' in said[0] and len(said) >= 2
+  assert said[0].endswith('it may take 1 s (data.max_wait_seconds)')
   it.close()                               # does not wait for the thread
   forever.set()
 
