@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from data_pipelines import pipeline, sources, streams
 from data_pipelines.errors import InputError
-from keye_jax import begin, checkpoint, feed, run_folder
+from keye_jax import begin, checkpoint, feed, run_folder, watch
 from keye_jax.config import RunConfig
 from keye_jax.meter import Meter
 from keye_jax.metrics import Compilations, Progress, Writer, say, say_anywhere
@@ -31,8 +31,10 @@ class Result(NamedTuple):
   summary: dict[str, Any]
 
 
-def train(config: RunConfig, out: str | os.PathLike, wandb: str = '') -> Result:
+def train(config: RunConfig, out: str | os.PathLike, wandb: str = '', profile: bool = False) -> Result:
   """Trains in the run folder `out` up to `config.train.steps`, going on from what is there. Set the mesh before.
+
+  wandb: project to log to as well. profile: write a trace of a few steps, see `watch.Trace`.
 
   A first SIGTERM or SIGINT ends the step under way, saves and returns; a second one ends the process at once.
   Raises InputError: another process trains in `out`; `out` was started with another config or dataset; a checkpoint
@@ -54,8 +56,10 @@ def train(config: RunConfig, out: str | os.PathLike, wandb: str = '') -> Result:
     writer = closing(Writer(out, step, kept['config'], wandb))
     progress = closing(Progress('train', step, t.steps))
 
+    trace = closing(watch.Trace(out, profile))
     signals = stack.enter_context(Signals())
     while step < t.steps:
+      trace.step()
       with meter.timed('data'):
         batch = next(batches)
         placed = feed.place(layout, batch, *part)
@@ -70,6 +74,7 @@ def train(config: RunConfig, out: str | os.PathLike, wandb: str = '') -> Result:
         record = meter.record() | {'learning_rate': made.rates(step - 1)['model'],
                                    'rows_skipped': rows_skipped(batches.stats(), part),
                                    'compilations': compilations.count}
+        record |= watch.mfu(config, record['tokens_per_s']) | watch.memory()
         writer.write(step, record)
         progress.record(step, t.steps, record)
       if ended or stopped or step % t.save_every == 0:
@@ -84,7 +89,9 @@ def train(config: RunConfig, out: str | os.PathLike, wandb: str = '') -> Result:
     stats = batches.stats()
     summary = {'run': str(out), 'step': step, 'steps': t.steps} | meter.summary() | {
         'rows skipped': rows_skipped(stats, part), 'last row skipped': (stats['last'] or [''])[-1],
-        'compilations': compilations.count}
+        'compilations': compilations.count} | watch.memory()
+    if 'tokens/s' in summary:
+      summary |= watch.mfu(config, summary['tokens/s'])
     return Result(step, 0 if step >= t.steps else signals.caught, summary)
 
 

@@ -38,9 +38,10 @@ class Meter:
 
   @contextlib.contextmanager
   def timed(self, what: str):
-    """Counts the block's seconds as `what`: 'data', 'compute' or 'save'."""
+    """Counts the block's seconds as `what`: 'data', 'compute' or 'save', a span of that name in a trace."""
     begun = time.perf_counter()
-    yield
+    with jax.profiler.TraceAnnotation(what):
+      yield
     self._spent[what] += time.perf_counter() - begun
 
   def add(self, step: int, metrics: Any, tokens: Any, sources: list[str]) -> None:

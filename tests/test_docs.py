@@ -11,7 +11,7 @@ import pytest
 from launch import cli, kernels_page, results
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = ['README.md', 'CONTRIBUTING.md', 'docs/papers.md', 'docs/kernels.md']
+PAGES = ['README.md', 'CONTRIBUTING.md', 'docs/papers.md', 'docs/kernels.md', 'docs/failures.md']
 FOLDERS = ('', 'pallas_kernels', 'data_pipelines', 'keye_jax', 'tests/data_pipelines')
 # What the documentation names without promising that it lies in the checkout.
 ELSEWHERE = re.compile(r'runs/|~/|report\.html$|reference\.py$|xla\.py$|tpu\.py$|gpu\.py$|__init__\.py$|utils\.py$')

@@ -1,8 +1,5 @@
 """Streams: the same batches whatever reads them; workers that die or hang are replaced, or a line says what did."""
 import json
-import multiprocessing
-import os
-import signal
 import threading
 
 import numpy as np
@@ -136,18 +133,3 @@ def test_reading_that_hangs_is_told_and_then_ends_the_run(monkeypatch):
   assert said[0].endswith('it may take 1 s (data.max_wait_seconds)')
   it.close()                               # does not wait for the thread
   forever.set()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
-def test_a_worker_process_that_is_killed_or_stopped_changes_no_batch(path, number):  # noqa: F811
-  expected = take(pipeline.train_batches(config(path), 2, seed=9), 10)
-  said = []
-  it = pipeline.train_batches(config(path, workers=2, max_wait_seconds=5.0), 2, seed=9, report=said.append)
-  found = take(it, 2)
-  for child in multiprocessing.active_children():
-    os.kill(child.pid, number)
-  found += take(it, 8)
-  it.close()
-  assert_same(found, expected)
-  assert said and ('killed' if number == signal.SIGSTOP else 'exit code -9') in said[0]
