@@ -37,6 +37,7 @@ setup(
     'tensorboardX>=2.6.5',
     'xxhash>=3.5',
     'tqdm>=4.66',
+    'pyyaml>=6.0',                          # also flax's
   ],
   extras_require={
     # Real pictures, digits and clips that FrameForge makes its videos from.

@@ -49,12 +49,14 @@ def full() -> RunConfig:
           tokens=65536,           # stage 2 of arXiv 2606.10651; its long stage packs 262144
           vision_rows=3, vision_patches=81920,        # 61,440 merged tokens: the paper's 64K of video at most
           fps=2.0, min_frames=2, frame_tokens_min=64, frame_tokens_max=256, video_tokens=61440,
-          image_tokens_min=4, image_tokens_max=20480, workers=16),
+          image_tokens_min=4, image_tokens_max=20480, workers=16,
+          streams=32),            # 32 hosts of 4 chips; also read by 16, 8, ... of them
       train=TrainConfig(
           steps=60000,            # x 128 rows x 64K = 500 B tokens, the paper's SFT
           batch=128,
           balance_weight=0.001,   # router_aux_loss_coef of Qwen3-MoE
           indexer_weight=1.0,     # with detached inputs it only sets the size of the indexer's own step
+          spike_factor=2.0,       # a batch of 8 M tokens does not double the loss unless something is wrong with it
           save_every=500, keep=3))
 
 

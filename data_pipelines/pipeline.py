@@ -1,9 +1,9 @@
 """From a file of rows to training batches and evaluation prompts, on grain (which imports jax; nothing here uses it).
 
-rows -> shuffle, a new order each epoch -> this process's slice -> mix the sources (mixture.py) -> load media and
-tokenise (threads, or worker processes) -> pack a window of samples into rows -> batch -> one prefetch thread.
+rows -> shuffle, a new order each epoch -> a stream's slice -> mix the sources (mixture.py) -> load media and tokenise
+(threads, or worker processes) -> pack a window of samples into rows -> batch -> read ahead (streams.py).
 
-The order depends on the seed, the process's index and count and the shapes, on nothing else: not on the number of
+The order depends on the seed, the number of streams and the shapes, on nothing else: not on the number of processes or
 workers or the cache. A row that cannot be used stays in the stream as a `Skip`, so positions, and with them exact
 resume, do not depend on what was skipped; it is counted and the packer drops it.
 
@@ -13,21 +13,19 @@ import collections
 import os
 import pathlib
 import threading
-import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from absl import flags
 
-from data_pipelines import chat, images, mixture, packing, sources, tokenizer, video
+from data_pipelines import chat, images, mixture, packing, sources, streams, tokenizer, video
 from data_pipelines.errors import InputError
-from data_pipelines.schema import Batch, Example
+from data_pipelines.schema import Example
 
 WINDOW_ROWS = 32                # rows filled together by first-fit-decreasing: at 2-5 samples a row, 1-3% padding
 WINDOW_BYTES = 1 << 29          # of pixels; a window closes earlier than WINDOW_ROWS when samples are long videos
-LAST = 20                       # skipped rows remembered with their reason
-_MET = ('samples', 'tokens', 'skipped')       # counted for each source
 GREY = 128                      # uint8; within 1/255 of the middle of the range
 
 
@@ -48,24 +46,33 @@ class Question(NamedTuple):
 
 
 def train_batches(data, batch: int, seed: int, process_index: int = 0, process_count: int = 1, patch: int = 14,
-                  merge: int = 2, strict: bool = False) -> 'Batches':
-  """Endless iterator of `Batch`, each with batch / process_count rows: this process's share.
+                  merge: int = 2, strict: bool = False, report: Callable[[str], None] = print) -> streams.Batches:
+  """Endless iterator of `Batch`, each with batch / process_count rows: part `process_index` of `process_count`.
 
-  `strict` raises at the first unusable row where training skips and counts it. Raises InputError when the file or
-  tokenizer is missing, when shapes are inconsistent, or when a whole epoch holds no usable row.
+  The rows come from `data.streams` streams, or as many as parts when it is 0; a checkpoint of the run overrides that.
+  `strict` raises at the first unusable row where training skips and counts it. `report` is told when workers are
+  started again. Raises InputError when the file or tokenizer is missing, when shapes are inconsistent, or when a whole
+  epoch holds no usable row.
   """
   if batch % process_count:
     raise InputError(f'train.batch={batch} rows are not divisible by {process_count} processes')
   load = Load(data, patch, merge, strict)
-  stream = shuffled(load, seed, process_index, process_count)
-  epoch = mixture.epoch(load.rows, process_count)
-  packed = Packed(stream, load.shape, batch // process_count, data.pack, data.workers, epoch)
-  return Batches(packed, load.rows, process_count)
+
+  def opened(stream: int, of: int):
+    if batch % of:
+      raise InputError(f'train.batch={batch} rows cannot come in equal shares from data.streams={of} streams')
+    here = of // process_count             # streams of this process share its workers; order does not depend on them
+    workers = -(-data.workers // max(here, 1))
+    samples = shuffled(load, seed, stream, of)
+    return iter(Packed(samples, load.shape, batch // of, data.pack, workers, mixture.epoch(load.rows, of)))
+
+  reading = streams.Reading(data.max_wait_seconds, data.workers > 0, report)
+  return streams.Batches(opened, load.rows, (process_index, process_count), data.streams or process_count, reading)
 
 
-def shuffled(load: 'Load', seed: int, process_index: int, process_count: int) -> grain.MapDataset:
-  """The endless stream of samples of one process."""
-  return mixture.stream(load.rows, seed, process_index, process_count).map(load)
+def shuffled(load: 'Load', seed: int, stream: int, of: int) -> grain.MapDataset:
+  """The endless samples of stream `stream` of `of`."""
+  return mixture.stream(load.rows, seed, stream, of).map(load)
 
 
 def row_shape(data, patch: int = 14, merge: int = 2) -> packing.Shape:
@@ -165,67 +172,6 @@ class Load:
     return _grey(example) if self.data.grey else example, [turn for turns in (trunk, *branches) for turn in turns]
 
 
-class Batches:
-  """Iterator of `Batch` with exact resume. `get_state()` is small and JSON-compatible; `set_state` continues with the
-  batch that would have come next, also with another number of workers. `close()` ends threads and workers; state and
-  stats stay readable."""
-
-  def __init__(self, packed: 'Packed', rows: mixture.Rows, process_count: int):
-    live = [iter(grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=2))]
-    self._live, self._position = live, live[0].get_state()
-    # At exit too, and before modules are torn down: grain's own clean-up fails after that.
-    self.close = weakref.finalize(self, _shut, live)
-    self._reasons, self._last = collections.Counter(), collections.deque(maxlen=LAST)
-    self._owner = rows.name
-    self._sizes = {s.name: len(file) / process_count for s, file in zip(rows.sources, rows.files)}
-    self._met = {name: dict.fromkeys(_MET, 0) for name in self._sizes}
-    self.sources: list[str] = []         # file:row of every sample in the last batch
-
-  def __iter__(self) -> 'Batches':
-    return self
-
-  def __next__(self) -> Batch:
-    batch, skips, taken = next(self._iterator())
-    self._position = self._iterator().get_state()
-    self.sources = [where for where, _ in taken]
-    for where, tokens in taken:
-      met = self._met[self._owner(where)]
-      met['samples'] += 1
-      met['tokens'] += tokens
-    for skip in skips:
-      self._reasons[skip.reason] += 1
-      self._last.append(skip.message)
-      self._met[self._owner(skip.where)]['skipped'] += 1
-    return batch
-
-  def stats(self) -> dict[str, Any]:
-    """Of this process up to the last batch: {'skipped': {reason: count}, 'last': [the latest messages, each with
-    file:row], 'sources': {name: {'samples', 'tokens', 'skipped', 'epochs'}}}; a dataset of one file has the name ''."""
-    return {'skipped': dict(sorted(self._reasons.items())), 'last': list(self._last), 'sources': {
-        name: met | {'epochs': round((met['samples'] + met['skipped']) / self._sizes[name], 3)}
-        for name, met in self._met.items()}}
-
-  def get_state(self) -> dict[str, Any]:
-    return {'position': self._position, **self.stats()}
-
-  def set_state(self, state: dict[str, Any]) -> None:
-    self._iterator().set_state(dict(state['position']))
-    self._position = self._iterator().get_state()
-    self._reasons, self._last = collections.Counter(state['skipped']), collections.deque(state['last'], LAST)
-    # Checkpoints of before there were counters go on from 0.
-    self._met = {name: {key: state.get('sources', {}).get(name, {}).get(key, 0) for key in _MET} for name in self._met}
-
-  def _iterator(self):
-    if not self._live:
-      raise ValueError('these batches are closed')
-    return self._live[0]
-
-
-def _shut(live):
-  while live:
-    live.pop().close()
-
-
 class Packed(grain.IterDataset):
   """Samples to (Batch, the skips met on the way, (file:row, tokens) of the batch's samples). State: first sample of the
   window, rows of it already given out."""
@@ -243,6 +189,8 @@ class Packed(grain.IterDataset):
     threads = min(4, os.cpu_count() or 1)
     stream = self.stream[start:].to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
     if self.workers:
+      if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()         # grain hands absl's flags, of which we use none, on to its workers
       stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=2))
     return iter(stream)
 

@@ -26,7 +26,7 @@ class Programs(NamedTuple):
   """Pure functions of one run config."""
   fresh: Callable[[jax.Array], State]              # key -> state with random parameters
   around: Callable[[Any, jax.Array], State]        # (parameters, key) -> state; the parameters are donated
-  update: Callable[[State, Any, dict[str, float]], tuple[State, Any]]
+  update: Callable[..., tuple[State, Any]]         # (state, batch, rates, limit), see steps/update.py
   rates: Callable[[int], dict[str, float]]         # step -> learning rate of each optimizer group
 
 

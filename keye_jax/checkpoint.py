@@ -35,7 +35,7 @@ _CHUNK = 1 << 24                       # bytes read at a time
 class Restored(NamedTuple):
   step: int
   state: Any
-  host: dict[str, Any]       # what this process gave to `save`
+  hosts: list[dict[str, Any]]      # what each process gave to `save`, by its index then
 
 
 class Params(NamedTuple):
@@ -46,7 +46,9 @@ class Params(NamedTuple):
 class Checkpoints:
   """The checkpoints of one run folder. One save is under way at a time, in a thread.
 
-  keep: number of whole checkpoints kept. report: receives a line whenever something is not as it should be.
+  keep: number of whole checkpoints kept; with several processes one more may stay until the next save, because the
+  newest is not whole before the last of them has written its digest. report: receives a line whenever something is not
+  as it should be.
   """
 
   def __init__(self, run: str | os.PathLike, keep: int, report: Callable[[str], None]):
@@ -114,6 +116,10 @@ class Checkpoints:
     return InputError(f'{self.folder / str(self._step)}: the checkpoint could not be saved: '
                       f'{known.group(0) if known else text}; {last}. Make room and run the same command again')
 
+  def exist(self) -> bool:
+    """Whether there is a checkpoint to go on from, whole or damaged."""
+    return bool(_agreed(whole(self.folder)))
+
   def tidy(self) -> None:
     """Removes saves that were cut off. Only a process that trains in the run folder may call this."""
     if jax.process_index() == 0 and self.folder.is_dir():
@@ -126,25 +132,21 @@ class Checkpoints:
   def restore(self, like: Any) -> Restored | None:
     """The newest whole checkpoint, in the structure, dtypes and shardings of `like`; None when there is none.
 
-    like: tree of arrays or ShapeDtypeStructs. Damaged checkpoints are reported, skipped and renamed. Raises InputError
-    when only damaged ones are left, when keys or shapes do not fit, and when another number of processes saved it.
+    like: tree of arrays or ShapeDtypeStructs. Damaged checkpoints are reported, skipped and renamed. Any number of
+    processes may have saved it. Raises InputError when only damaged ones are left and when keys or shapes do not fit.
     """
     found = _newest(self.folder, self.report)
     if found is None:
       return None
     path, damaged = found
-    saved_by = _digest(path, 0)['processes']
-    if saved_by != jax.process_count():
-      raise InputError(f'{path}: saved by {saved_by} processes, now there are {jax.process_count()}; the data position '
-                       'of one number of processes cannot be dealt out to another')
     wanted = _shapes(like)
     _check_fit(path, _stored_shapes(path), wanted)
     state = ocp.load(path, _concrete(like), checkpointable_name='state')
-    host = json.loads((path / f'host_{jax.process_index()}.json').read_text())
+    hosts = [json.loads((path / f'host_{i}.json').read_text()) for i in range(_digest(path, 0)['processes'])]
     if jax.process_index() == 0:
       for bad in damaged:
         bad.rename(bad.with_name(f'{bad.name}{DAMAGED}-{os.getpid()}'))
-    return Restored(int(path.name), state, host)
+    return Restored(int(path.name), state, hosts)
 
 
 def load_params(run: str | os.PathLike, like: Any, report: Callable[[str], None]) -> Params:
@@ -218,7 +220,7 @@ def damage(path: pathlib.Path) -> str | None:
 def _newest(folder: pathlib.Path, report) -> tuple[pathlib.Path, list[pathlib.Path]] | None:
   """(newest whole checkpoint, the damaged ones after it); None when there is no checkpoint at all."""
   damaged = []
-  for step in reversed(whole(folder)):
+  for step in reversed(_agreed(whole(folder))):
     path = folder / str(step)
     why = damage(path)
     if not why:
@@ -229,6 +231,14 @@ def _newest(folder: pathlib.Path, report) -> tuple[pathlib.Path, list[pathlib.Pa
     raise InputError(f'{damaged[0]}: damaged, and there is no other whole checkpoint; restore a copy of it, or move '
                      f'{folder} away to start again')
   return None
+
+
+def _agreed(steps: list[int]) -> list[int]:
+  """The steps that process 0 sees: on a network file system others may see them later, or still see removed ones."""
+  if jax.process_count() == 1:
+    return steps
+  count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+  return multihost_utils.broadcast_one_to_all(np.resize(np.array(steps or [0], np.int32), count)).tolist()
 
 
 def _write_digests(path: pathlib.Path) -> None:

@@ -1,4 +1,4 @@
-"""What the makers publish of the devices that a program is planned for."""
+"""What the makers publish of the devices that a program is planned for or runs on."""
 from typing import NamedTuple
 
 GIB = 2**30
@@ -25,3 +25,12 @@ CHIPS = {
     'v6e': Chip(918e12, 32 * GIB, 1638e9, 400e9, 2),
     'tpu7x': part(Chip(2307e12, 192 * GIB, 7380e9, 600e9, 3), 2),
 }
+
+# Dense bfloat16 FLOP/s of what jax calls a device, by the start of its name; the rest from the makers' data sheets.
+PEAKS = {'TPU v5': CHIPS['v5p'].flops, 'TPU v6': CHIPS['v6e'].flops, 'TPU7x': CHIPS['tpu7x'].flops, 'TPU v4': 275e12,
+         'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'NVIDIA A100': 312e12, 'NVIDIA H100': 989e12, 'NVIDIA H200': 989e12}
+
+
+def peak(kind: str) -> float | None:
+  """bfloat16 FLOP/s of a device by its `device_kind`; None when it is not known."""
+  return next((PEAKS[name] for name in sorted(PEAKS, key=len, reverse=True) if kind.startswith(name)), None)

@@ -141,7 +141,9 @@ class DataConfig:
   max_pixels: int = 67108864      # of one picture or frame as stored: 8192 x 8192
   max_decode_seconds: float = 600.0     # for reading one video
   cache_mb: int = 0               # decoded media kept in memory, per process
-  workers: int = 0                # grain worker processes
+  workers: int = 0                # grain worker processes, per process
+  streams: int = 0                # that the rows of a batch come from; 0: as many as there are processes at the start
+  max_wait_seconds: float = 1800.0      # for one batch; then workers are replaced, and without any the run ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +155,8 @@ class TrainConfig:
   freeze: tuple[str, ...] = ()    # parameter path prefixes, e.g. ('vision',)
   balance_weight: float = 0.001   # router load balance
   indexer_weight: float = 1.0     # only scales the indexer's own step
-  max_bad_steps: int = 10         # stop after so many non-finite steps in a row
+  max_bad_steps: int = 10         # stop after so many skipped steps in a row
+  spike_factor: float = 0.0       # skip a step whose loss is above so many times the recent median; 0: never
   log_every: int = 10
   save_every: int = 1000
   keep: int = 2                   # checkpoints kept
@@ -189,6 +192,10 @@ def check(config: RunConfig) -> RunConfig:
        f'data.sources: the names {[s.name for s in config.data.sources]} must be different and not empty'),
       *((s.weight <= 0, f'data.sources: {s.name!r} has weight {s.weight}; it must be above 0, or leave the source out')
         for s in config.data.sources),
+      (config.data.streams and train.batch % config.data.streams,
+       f'train.batch = {train.batch} rows cannot come in equal shares from data.streams = {config.data.streams}'),
+      (train.spike_factor and train.spike_factor <= 1,
+       f'train.spike_factor = {train.spike_factor} must be above 1, or 0 for no limit'),
       *((getattr(train, key) < 1, f'train.{key} = {getattr(train, key)} must be at least 1')
         for key in ('steps', 'batch', 'accumulate', 'log_every', 'save_every', 'keep', 'max_bad_steps'))]
   for wrong, message in reversed(faults):       # a number below 1 first: the others are about larger ones

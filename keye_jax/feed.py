@@ -45,5 +45,15 @@ def place(layout: str, batch: Batch, index: int, count: int) -> Batch:
   return Batch(*(one(name, leaf) for name, leaf in zip(Batch._fields, batch)))
 
 
+def tokens(local: Batch, placed: Batch) -> int | jax.Array:
+  """Tokens of the whole batch that are not padding, int32."""
+  if jax.process_count() == 1:
+    return int(np.count_nonzero(local.segment_BT))
+  return _nonzero(placed.segment_BT)
+
+
+_nonzero = jax.jit(lambda x: (x != 0).sum())
+
+
 def _sharding(layout: str, axes: tuple[str | None, ...]) -> jax.NamedSharding:
   return jax.NamedSharding(jax.sharding.get_mesh(), sharding.spec(layout, *axes))

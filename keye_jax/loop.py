@@ -13,14 +13,15 @@ import threading
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
-from data_pipelines import pipeline
+from data_pipelines import pipeline, streams
 from data_pipelines.errors import InputError
-from keye_jax import begin, checkpoint, feed, run_folder
+from keye_jax import begin, checkpoint, feed, run_folder, watch
 from keye_jax.config import RunConfig
 from keye_jax.meter import Meter
-from keye_jax.metrics import Compilations, Progress, Writer, say
+from keye_jax.metrics import Compilations, Progress, Writer, say, say_anywhere
 from keye_jax.steps.state import State
 
 
@@ -30,12 +31,14 @@ class Result(NamedTuple):
   summary: dict[str, Any]
 
 
-def train(config: RunConfig, out: str | os.PathLike, wandb: str = '') -> Result:
+def train(config: RunConfig, out: str | os.PathLike, wandb: str = '', profile: bool = False) -> Result:
   """Trains in the run folder `out` up to `config.train.steps`, going on from what is there. Set the mesh before.
+
+  wandb: project to log to as well. profile: write a trace of a few steps, see `watch.Trace`.
 
   A first SIGTERM or SIGINT ends the step under way, saves and returns; a second one ends the process at once.
   Raises InputError: another process trains in `out`; `out` was started with another config or dataset; a checkpoint
-  could not be saved; `max_bad_steps` steps in a row were not finite.
+  could not be saved; `max_bad_steps` steps in a row were skipped; the data gave no batch for too long.
   """
   t, vision, layout = config.train, config.model.vision, config.model.layout
   out = pathlib.Path(out)
@@ -44,29 +47,35 @@ def train(config: RunConfig, out: str | os.PathLike, wandb: str = '') -> Result:
     closing(run_folder.lock(out))
     compilations = closing(Compilations())
     part = feed.share(layout, t.batch)
-    batches = closing(pipeline.train_batches(config.data, t.batch, t.seed, *part, vision.patch, vision.merge))
-    checkpoints, meter, made = checkpoint.Checkpoints(out, t.keep, say), Meter(t.max_bad_steps), begin.programs(config)
+    batches = closing(pipeline.train_batches(config.data, t.batch, t.seed, *part, vision.patch, vision.merge,
+                                             report=say_anywhere))
+    checkpoints, made = checkpoint.Checkpoints(out, t.keep, say), begin.programs(config)
+    meter = Meter(t.max_bad_steps, t.spike_factor)
     kept = {'config': dataclasses.asdict(config), 'dataset': pipeline.fingerprints(config.data)}
     state, step = start(config, out, made, checkpoints, batches, meter, kept['dataset'])
     writer = closing(Writer(out, step, kept['config'], wandb))
     progress = closing(Progress('train', step, t.steps))
 
+    trace = closing(watch.Trace(out, profile))
     signals = stack.enter_context(Signals())
     while step < t.steps:
+      trace.step()
       with meter.timed('data'):
         batch = next(batches)
         placed = feed.place(layout, batch, *part)
       with meter.timed('compute'):
-        state, metrics = made.update(state, placed, made.rates(step))
+        state, metrics = made.update(state, placed, made.rates(step), meter.limit(step + 1))
         step += 1
-        meter.add(step, metrics, int((batch.segment_BT != 0).sum()) * part[1], batches.sources)
+        meter.add(step, metrics, feed.tokens(batch, placed), batches.sources)
         meter.settle(leave=1)           # one step stays under way while the host fetches the next batch
       progress.step()
       ended, stopped = step == t.steps, signals.stop(step)
       if ended or step % t.log_every == 0:         # not when stopped: the window goes on after a restart
         record = meter.record() | {'learning_rate': made.rates(step - 1)['model'],
-                                   'rows_skipped': rows_skipped(batches.stats()), 'compilations': compilations.count}
+                                   'rows_skipped': rows_skipped(batches.stats(), part),
+                                   'compilations': compilations.count}
         record |= counters(batches.stats())
+        record |= watch.mfu(config, record['tokens_per_s']) | watch.memory()
         writer.write(step, record)
         progress.record(step, t.steps, record)
       if ended or stopped or step % t.save_every == 0:
@@ -80,10 +89,13 @@ def train(config: RunConfig, out: str | os.PathLike, wandb: str = '') -> Result:
       checkpoints.wait()
     stats = batches.stats()
     summary = {'run': str(out), 'step': step, 'steps': t.steps} | meter.summary() | {
-        'rows skipped': rows_skipped(stats), 'last row skipped': (stats['last'] or [''])[-1],
+        'rows skipped': rows_skipped(stats, part), 'last row skipped': (stats['last'] or [''])[-1],
         'compilations': compilations.count} | {
         f'source {name}' if name else 'data': f'{met["samples"]:,} samples, {met["tokens"]:,} tokens, '
-        f'{met["skipped"]:,} rows skipped, {met["epochs"]:g} epochs' for name, met in stats['sources'].items()}
+        f'{met["skipped"]:,} rows skipped, {met["epochs"]:g} epochs' for name, met in stats['sources'].items()
+        } | watch.memory()
+    if 'tokens/s' in summary:
+      summary |= watch.mfu(config, summary['tokens/s'])
     return Result(step, 0 if step >= t.steps else signals.caught, summary)
 
 
@@ -96,7 +108,7 @@ def start(config: RunConfig, out: pathlib.Path, made: begin.Programs, checkpoint
                      f'{config.model.text.vocab}')
   checkpoints.tidy()
   found = None
-  if checkpoint.whole(checkpoints.folder):
+  if checkpoints.exist():
     for line in run_folder.check_same(out, config):
       say(f'{out}: going on with another {line}')
     found = checkpoints.restore(jax.eval_shape(made.fresh, jax.random.key(0)))
@@ -104,12 +116,12 @@ def start(config: RunConfig, out: pathlib.Path, made: begin.Programs, checkpoint
     state, step = begin.first_state(config, made, say), 0
   else:
     state, step = found.state, found.step
-    for what, then in found.host['dataset'].items():
+    for what, then in found.hosts[0]['dataset'].items():
       if then != (now := dataset.get(what, 'absent')):
         raise InputError(f'{config.data.path}: the {what} changed since the checkpoint of step {step} (fingerprint '
                          f'{then[:8]}, now {now[:8]}); bring them back, or start again with another --out')
-    batches.set_state(found.host['data'])
-    meter.restore(found.host['meter'])
+    batches.set_state(streams.join([host['data'] for host in found.hosts]))
+    meter.restore(found.hosts[0]['meter'])
     say(f'{out}: going on from step {step}' if step < config.train.steps else f'{out}: already at step {step}')
   if jax.process_index() == 0:
     run_folder.write_config(out, config)
@@ -117,8 +129,13 @@ def start(config: RunConfig, out: pathlib.Path, made: begin.Programs, checkpoint
   return state, step
 
 
-def rows_skipped(stats: dict[str, Any]) -> int:
-  return sum(stats['skipped'].values())
+def rows_skipped(stats: dict[str, Any], part: tuple[int, int]) -> int:
+  """Of all processes; every process must ask. part: (index, count) of this process's rows in a batch."""
+  here = sum(stats['skipped'].values())
+  if jax.process_count() == 1:
+    return here
+  # Processes that split the sequence read the same rows.
+  return int(multihost_utils.process_allgather(np.array(here)).sum()) * part[1] // jax.process_count()
 
 
 def counters(stats: dict[str, Any]) -> dict[str, float]:

@@ -140,6 +140,12 @@ def say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
+def say_anywhere(line: str) -> None:
+  """`say` of any process, which it names when there are several: what went wrong where it went wrong."""
+  where = f'process {jax.process_index()}: ' if jax.process_count() > 1 else ''
+  tqdm.write(where + line, file=sys.stderr)
+
+
 def duration(seconds: float) -> str:
   """'1:02:03' or '2:03'."""
   minutes, s = divmod(int(seconds + 0.5), 60)

@@ -26,6 +26,7 @@ COMMANDS = {
     'import': ('launch.import_', 'check a Hugging Face folder or GGUF file and make it a run'),
     'assemble': ('launch.assemble', 'put a language model and a vision encoder together, to begin pre-training with'),
     'export': ('launch.export', 'write a complete Hugging Face folder'),
+    'launch': ('launch.launch', 'hand a command to Kubernetes, Slurm, SkyPilot or Ray'),
     'bench': ('launch.bench', 'measure speed, beside a peer if asked'),
 }
 

@@ -19,7 +19,7 @@ LAYERS = [
   ['keye_jax.checkpoint', 'keye_jax.metrics', 'keye_jax.run_folder', 'keye_jax.hf'],
   ['keye_jax.rollout', 'keye_jax.evals'],
   ['keye_jax.loop', 'keye_jax.begin', 'keye_jax.feed', 'keye_jax.meter', 'keye_jax.api',
-   'keye_jax.planning'],
+   'keye_jax.planning', 'keye_jax.watch'],
   ['configs'],
   ['launch'],
 ]
@@ -141,7 +141,8 @@ def test_first_imports_work_and_stay_light():
   for name in ('keye_jax', 'configs', 'launch', 'launch.cli', 'keye_jax.config', 'keye_jax.evals'):
     assert not loaded[name], f'import {name} loads {loaded[name]}'
   for name in loaded:
-    if name.startswith('data_pipelines') and name not in ('data_pipelines.pipeline', 'data_pipelines.mixture'):
-      # those two import grain, which imports jax
+    if name.startswith('data_pipelines') and name not in {
+          f'data_pipelines.{grain}' for grain in ('pipeline', 'mixture', 'streams')}:
+      # those import grain, which imports jax
       assert 'jax' not in loaded[name], f'{name} loads jax'
     assert not loaded[name] & {'torch', 'tensorflow', 'transformers'}, f'import {name} loads {loaded[name]}'

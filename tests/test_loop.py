@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.errors import InputError
-from keye_jax import checkpoint, loop, metrics, run_folder
+from keye_jax import checkpoint, loop, meter, metrics, run_folder
 from keye_jax.checkpoint import CUT_OFF
 from keye_jax.config import SourceConfig
 from tests import tiny_run
@@ -130,6 +130,32 @@ def test_steps_that_stay_non_finite_end_the_run_and_name_their_rows(data, tmp_pa
                                        'lower optimizer.learning_rate'):
     loop.train(config, tmp_path)
   assert checkpoint.whole(tmp_path / 'checkpoints')
+
+
+def test_losses_that_stay_above_the_limit_end_the_run_and_name_their_rows(data, tmp_path, monkeypatch):
+  monkeypatch.setattr(meter, 'SPIKE_AFTER', 4)
+  config = tiny_run.config(data, steps=100, max_bad_steps=3, spike_factor=1.5)
+  config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=3.0,
+                                                                     warmup_steps=20))
+  with pytest.raises(InputError, match=r'step \d+: the loss was above 1.5 times its median \(train.spike_factor\) in 3 '
+                                       r'steps in a row .*; the last batch held .*sums.jsonl:\d+'):
+    loop.train(config, tmp_path)
+
+
+def test_skipped_spikes_are_the_same_after_a_restart(data, tmp_path, monkeypatch):
+  """The limit is a median of the steps before, which a checkpoint carries. Here a batch a little above it is cut."""
+  monkeypatch.setattr(meter, 'SPIKE_AFTER', 4)
+  config = tiny_run.config(data, steps=30, log_every=1, save_every=14, spike_factor=1.001, max_bad_steps=100)
+  config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-5))
+  summary = loop.train(config, tmp_path / 'whole').summary
+  assert 0 < summary['skipped steps'] < 28
+  subprocess.run(['cp', '-r', tmp_path / 'whole', tmp_path / 'out'], check=True)
+  subprocess.run(['rm', '-r', tmp_path / 'out' / 'checkpoints' / '30'], check=True)
+  again = loop.train(config, tmp_path / 'out').summary
+  assert again['skipped steps'] == summary['skipped steps']
+  records = [[{k: r.get(k) for k in ('step', 'loss', 'skipped', 'spikes')} for r in metrics.read(tmp_path / name)]
+             for name in ('whole', 'out')]
+  assert records[0] == records[1]
 
 
 def test_starting_from_another_run(finished, data, tmp_path, capsys):

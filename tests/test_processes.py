@@ -1,76 +1,92 @@
-"""Two processes of one run on this machine, under jax.distributed."""
+"""Several processes of one run on this machine: they equal one process, and they end and go on together."""
 import dataclasses
 import json
-import os
-import pathlib
+import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
 
 import pytest
 
-from keye_jax import checkpoint, loop, metrics
+from keye_jax import checkpoint, loop
 from keye_jax.config import MeshConfig
+from launch import run_config
 from tests import tiny_run
+from tests.processes import finish, last_step, losses, start, wait, write_config
+from tests.steps.test_mesh import mesh
 from tests.tolerances import assert_close
 
-ROOT = pathlib.Path(__file__).parent.parent
-CONFIG = '''
-import dataclasses
-from keye_jax.config import MeshConfig, to_dict
-from tests import tiny_run
-def get_config(variant=''):
-  return to_dict(dataclasses.replace(tiny_run.config({data!r}, **{train!r}), mesh=MeshConfig(data=2)))
-'''
+STEPS = 60
+TRAIN = dict(steps=STEPS, log_every=1, save_every=9)
 
 
-def start(config, out):
-  """Both processes of `keye train`, one device each."""
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
-  env = dict(os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS='', KEYE_COORDINATOR=f'127.0.0.1:{port}', KEYE_PROCESSES='2',
-             JAX_COMPILATION_CACHE_DIR=str(ROOT / '.jax_cache'), JAX_DEFAULT_MATMUL_PRECISION='highest')
-  argv = [sys.executable, '-m', 'launch.cli', 'train', '--config', str(config), '--out', str(out), '--json']
-  return [subprocess.Popen(argv, cwd=ROOT, env=dict(env, KEYE_PROCESS=str(i)), text=True, stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE) for i in range(2)]
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+  return tiny_run.dataset(tmp_path_factory.mktemp('data'))
 
 
-def finish(processes):
-  """[(exit code, stdout, stderr)]."""
-  try:
-    texts = [p.communicate(timeout=400) for p in processes]
-    return [(p.returncode, *text) for p, text in zip(processes, texts)]
-  finally:
-    for p in processes:
-      p.kill()
+@pytest.fixture(scope='module')
+def whole(data, tmp_path_factory):
+  """Run folder of two processes that were left alone."""
+  out = tmp_path_factory.mktemp('whole')
+  ended = finish(start(write_config(out / 'two.py', data, 2, **TRAIN), out))
+  assert [code for code, _, _ in ended] == [0, 0], ended
+  # Process 0 speaks for both; gloo, the transport between CPUs, says on stdout that it is connected.
+  assert json.loads(ended[0][1].splitlines()[-1])['step'] == STEPS and '"step"' not in ended[1][1]
+  assert f'step {STEPS}/{STEPS}' in ended[0][2] and 'step' not in ended[1][2]
+  return out
+
+
+def alone(config, out, devices: int = 2, **train):
+  """The same run in this process, on as many devices."""
+  config = run_config.load(str(config))
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
+  with mesh(devices, 1, 1):
+    loop.train(dataclasses.replace(config, mesh=MeshConfig(data=devices)), out)
+  return losses(out)
+
+
+def assert_same_losses(actual, expected):
+  assert actual.keys() == expected.keys()
+  for step in expected:
+    assert_close(actual[step], expected[step], what=f'step {step}')
+
+
+def test_an_error_of_one_process_ends_all_with_a_line_each(data, tmp_path):
+  """Process 1 does not find the dataset; process 0 waits for it in vain."""
+  config = write_config(tmp_path / 'two.py', data, 2, **TRAIN)
+  here = f"'{data}' if os.environ['KEYE_PROCESS'] == '0' else '/nowhere/sums.jsonl'"
+  config.write_text(config.read_text().replace(repr(str(data)), here))
+  (code, _, err), (code1, _, err1) = finish(start(config, tmp_path / 'out'))
+  assert (code, code1) == (2, 2), err + err1
+  assert err1.splitlines()[-1].startswith('keye train: process 1 of 2: /nowhere/sums.jsonl: ')
+  assert err.splitlines()[-1].startswith('keye train: process 0 of 2: ended with process 1: /nowhere/sums.jsonl: ')
+  assert 'Traceback' not in err + err1
 
 
 @pytest.mark.slow
-def test_two_processes_train_save_stop_together_and_resume(tmp_path):
-  data, out, config = tiny_run.dataset(tmp_path / 'data'), tmp_path / 'out', tmp_path / 'two.py'
-  config.write_text(CONFIG.format(data=str(data), train=dict(steps=4000, log_every=1, save_every=1000)))
-  processes = start(config, out)
-  deadline = time.monotonic() + 400
-  while not metrics.read(out) and all(p.poll() is None for p in processes) and time.monotonic() < deadline:
-    time.sleep(0.05)
-  processes[0].send_signal(signal.SIGTERM)           # the notice reaches both
-  (code, _, err), (code1, _, err1) = finish(processes)
-  assert (code, code1) == (143, 143), err + err1
-  stopped = checkpoint.whole(out / 'checkpoints')[-1]
-  assert stopped == metrics.read(out)[-1]['step'] < 4000
-  digests = [json.loads((out / 'checkpoints' / str(stopped) / f'digest_{i}.json').read_text()) for i in range(2)]
+def test_two_processes_equal_one_and_one_goes_on_from_their_checkpoint(data, whole, tmp_path):
+  config = whole / 'two.py'
+  assert_same_losses(alone(config, tmp_path / 'one', steps=20), {k: v for k, v in losses(whole).items() if k <= 20})
+  assert checkpoint.whole(whole / checkpoint.FOLDER)[-2:] == [54, 60]
+  digests = [json.loads((whole / checkpoint.FOLDER / '60' / f'digest_{i}.json').read_text()) for i in range(2)]
   assert all(d['processes'] == 2 and d['files'] for d in digests)
   assert not digests[0]['files'].keys() & digests[1]['files'].keys()
+  shutil.copytree(whole, tmp_path / 'copy')
+  shutil.rmtree(tmp_path / 'copy' / checkpoint.FOLDER / '60')
+  assert_same_losses(alone(config, tmp_path / 'copy'), losses(whole))
 
-  config.write_text(CONFIG.format(data=str(data), train=dict(steps=stopped + 3, log_every=1, save_every=1000)))
-  (code, text, err), (code1, text1, err1) = finish(start(config, out))
-  assert (code, code1) == (0, 0), err + err1
-  # Process 0 speaks for both; gloo, the transport between CPUs, says on stdout that it is connected.
-  assert json.loads(text.splitlines()[-1])['step'] == stopped + 3 and '"step"' not in text1
-  assert [r['step'] for r in metrics.read(out)] == list(range(1, stopped + 4))
+
+@pytest.mark.slow
+def test_sigterm_at_one_process_saves_on_both_and_the_run_is_the_same(data, whole, tmp_path):
+  out, config = tmp_path / 'out', write_config(tmp_path / 'two.py', data, 2, **TRAIN)
+  processes = start(config, out)
+  wait(processes, lambda: last_step(out) >= 5)
+  processes[1].send_signal(signal.SIGTERM)           # the notice reaches both
+  (code, _, err), (code1, _, err1) = finish(processes)
+  assert (code, code1) == (143, 143), err + err1
+  assert checkpoint.whole(out / checkpoint.FOLDER)[-1] == last_step(out) < STEPS
+  ended = finish(start(config, out))
+  assert [code for code, _, _ in ended] == [0, 0], ended
+  assert losses(out) == losses(whole)
 
 
 @pytest.mark.slow
@@ -79,10 +95,9 @@ def test_a_run_goes_on_with_another_mesh(tmp_path):
   data = tiny_run.dataset(tmp_path / 'data')
   config = tiny_run.config(data, steps=3, log_every=1)
   plain = loop.train(config, tmp_path / 'plain').summary
-  from tests.steps.test_mesh import mesh
   with mesh(2, 1, 1):
     loop.train(dataclasses.replace(config, mesh=MeshConfig(data=2)), tmp_path / 'mesh')
-  first = [metrics.read(tmp_path / name)[0]['loss'] for name in ('plain', 'mesh')]
+  first = [losses(tmp_path / name)[1][0] for name in ('plain', 'mesh')]
   assert_close(first[1], first[0])
   more = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4))
   assert loop.train(more, tmp_path / 'mesh').step == 4 and plain['step'] == 3

@@ -3,6 +3,7 @@
 Every algorithm's step is `make_update(apply, objective, tx)`: they differ in the objective and in the batch.
 """
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from data_pipelines.errors import InputError
-from keye_jax.objectives.common import Metrics, Objective
+from keye_jax.objectives.common import Metrics, Objective, over
 from keye_jax.steps.optimizer import group_norms
 from keye_jax.steps.state import State, merge
 
@@ -19,12 +20,14 @@ GRADIENT_NORM = {'model': 'grad_norm', 'indexer': 'indexer_grad_norm'}      # gr
 
 
 def make_update(apply: Callable[[Any, Any], Any], objective: Objective, tx: optax.GradientTransformation,
-                accumulate: int = 1) -> Callable[[State, Any, dict[str, float]], tuple[State, Metrics]]:
-  """Returns a jitted pure function (state, batch, rates) -> (state, metrics).
+                accumulate: int = 1) -> Callable[..., tuple[State, Metrics]]:
+  """Returns a jitted pure function (state, batch, rates, limit=inf) -> (state, metrics).
 
   rates: learning rate of each optimizer group, see `optimizer.rates`; another value needs no other program.
-  Everything of the state but its frozen parameters is donated. A step whose loss or gradient is not finite changes
-  neither parameters nor optimizer state; its metrics are zero with zero weight, and `skipped` counts it.
+  limit: a step whose metric `loss` is above it is skipped.
+  Everything of the state but its frozen parameters is donated. A step whose loss or gradient is not finite, or above
+  the limit, changes neither parameters nor optimizer state; its metrics are zero with zero weight, `skipped` counts it,
+  and `spikes` those above the limit.
 
   Args:
     apply: (params, batch) -> what the objective takes as output.
@@ -52,11 +55,13 @@ def make_update(apply: Callable[[Any, Any], Any], objective: Objective, tx: opta
   tx = optax.with_extra_args_support(tx)
 
   @functools.partial(jax.jit, donate_argnums=0)
-  def step(live, frozen, batch, rates):
+  def step(live, frozen, batch, rates, limit):
     count, train, opt, rng = live
     value, metrics, grads = gradient(train, frozen, batch)
     norms = group_norms(grads)
-    ok = functools.reduce(jnp.logical_and, [jnp.isfinite(n) for n in norms.values()], jnp.isfinite(value))
+    finite = functools.reduce(jnp.logical_and, [jnp.isfinite(n) for n in norms.values()], jnp.isfinite(value))
+    spike = finite & (over(metrics['loss'][1], metrics['loss'][0]) > limit)
+    ok = finite & ~spike
 
     def take(train, opt, grads):
       changes, opt = tx.update(grads, opt, train, rates=rates, norms=norms)
@@ -68,11 +73,12 @@ def make_update(apply: Callable[[Any, Any], Any], objective: Objective, tx: opta
     metrics = metrics | {GRADIENT_NORM[group]: (norm, one) for group, norm in norms.items()}
     metrics = jax.tree.map(lambda m: jnp.where(ok, m, 0).astype(jnp.float32), metrics)
     metrics['skipped'] = (1 - ok.astype(jnp.float32), one)
+    metrics['spikes'] = (spike.astype(jnp.float32), one)
     return (count + 1, train, opt, rng), metrics
 
-  def update(state: State, batch: Any, rates: dict[str, float]) -> tuple[State, Metrics]:
+  def update(state: State, batch: Any, rates: dict[str, float], limit: float = math.inf) -> tuple[State, Metrics]:
     live = (state.step, state.train, state.opt, state.rng)
-    (count, train, opt, rng), metrics = step(live, state.frozen, batch, rates)
+    (count, train, opt, rng), metrics = step(live, state.frozen, batch, rates, limit)
     return State(count, train, state.frozen, opt, rng), metrics
 
   return update

@@ -103,6 +103,21 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(accumulate):
   assert int(state.step) == 3
 
 
+def test_a_loss_above_the_limit_is_skipped_and_counted():
+  good, other = toy.batch(seed=0), toy.batch(seed=1)
+  tx = make_optimizer(OPT)
+  update = make_update(toy.apply, toy.objective(), tx)
+  fresh = lambda: state_lib.create(toy.init(), tx, (), 'float32', jax.random.key(0))
+  once, metrics = update(fresh(), good, RATES)
+  assert metrics['skipped'] == (0, 1) and metrics['spikes'] == (0, 1)
+  loss = float(metrics['loss'][0] / metrics['loss'][1])
+  state, metrics = update(fresh(), other, RATES, 0.5 * loss)
+  assert metrics['skipped'] == metrics['spikes'] == (1, 1) and metrics['loss'] == (0, 0)
+  state, metrics = update(state, good, RATES, 1.01 * loss)
+  assert metrics['skipped'] == metrics['spikes'] == (0, 1)
+  assert_same((state.train, state.opt), (once.train, once.opt), exact=True)
+
+
 def test_an_infinite_gradient_under_a_finite_loss_is_skipped_too():
   def apply(params, batch):
     out = toy.apply(params, batch)
