@@ -140,7 +140,8 @@ def test_a_wrong_file_gives_one_line(tmp_path):
   old = ('from keye_jax.config import *\ndef get_config(v):\n'
          '  d = to_dict(RunConfig())\n  d.train.epochs = 3\n  return d')
   assert fails(old, c).endswith("train: unknown key 'epochs'; known keys: accumulate, balance_weight, batch, freeze, "
-                                'indexer_weight, init, keep, log_every, max_bad_steps, save_every, seed, spike_factor, steps')
+                                'indexer_weight, init, keep, log_every, max_bad_steps, save_every, seed, spike_factor, '
+                                'steps')
 
 
 def test_the_configs_describe_what_they_say():
