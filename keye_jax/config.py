@@ -158,6 +158,9 @@ class TrainConfig:
   save_every: int = 1000
   keep: int = 2                   # checkpoints kept
   init: str = ''                  # Hugging Face folder or run folder to start from; '': random
+  heldout: str = ''               # file of rows to evaluate on, relative to the folder of the training data
+  eval_every: int = 0             # steps between evaluations of `heldout`; the best parameters go to RUN/best
+  patience: int = 0               # stop after so many evaluations in a row without a better one; 0: never
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +192,9 @@ def check(config: RunConfig) -> RunConfig:
        f'data.sources: the names {[s.name for s in config.data.sources]} must be different and not empty'),
       *((s.weight <= 0, f'data.sources: {s.name!r} has weight {s.weight}; it must be above 0, or leave the source out')
         for s in config.data.sources),
+      (bool(train.heldout) != (train.eval_every > 0),
+       f'train.heldout = {train.heldout!r} and train.eval_every = {train.eval_every} need each other'),
+      (train.patience and not train.heldout, f'train.patience = {train.patience} needs train.heldout'),
       *((getattr(train, key) < 1, f'train.{key} = {getattr(train, key)} must be at least 1')
         for key in ('steps', 'batch', 'accumulate', 'log_every', 'save_every', 'keep', 'max_bad_steps'))]
   for wrong, message in reversed(faults):       # a number below 1 first: the others are about larger ones

@@ -19,8 +19,9 @@ CONFIG = 'config.json'
 LOCK = '.lock'
 # Keys that may change between the runs of one folder: how long, how often, on what mesh, and where the data lie. What
 # is in the data is compared by its fingerprint.
-FREE = ('train.steps', 'train.log_every', 'train.save_every', 'train.keep', 'train.max_bad_steps', 'mesh.data',
-        'mesh.context', 'mesh.expert', 'data.path', 'data.tokenizer', 'data.cache_mb', 'data.workers')
+FREE = ('train.steps', 'train.log_every', 'train.save_every', 'train.keep', 'train.max_bad_steps', 'train.heldout',
+        'train.eval_every', 'train.patience', 'mesh.data', 'mesh.context', 'mesh.expert', 'data.path',
+        'data.tokenizer', 'data.cache_mb', 'data.workers')
 
 
 def read_config(run: str | os.PathLike) -> RunConfig:
