@@ -143,6 +143,7 @@ def tiny(stage: str) -> RunConfig:
                       video_tokens=64, image_tokens_min=4, image_tokens_max=4, cache_mb=256),
       train=TrainConfig(steps=200, batch=8, log_every=10, save_every=50))
   clips, mixed = dict(images=0.5, train=0.5), dict(tokens=512, vision_rows=32)
+  tried = dict(heldout='heldout.jsonl', eval_every=50)
   match stage:
     case 'text':
       return run(base, 'dense', freeze=INDEXERS_WAIT, model=dict(vision=VisionConfig()),
@@ -150,16 +151,16 @@ def tiny(stage: str) -> RunConfig:
     case '0':
       return run(base, 'dense', freeze=ONLY_PROJECTOR, data=dict(sources=sources(images=1.0), tokens=128))
     case '1':
-      return run(base, 'dense', freeze=INDEXERS_WAIT, data=dict(sources=sources(**clips)))
+      return run(base, 'dense', freeze=INDEXERS_WAIT, data=dict(sources=sources(**clips)), **tried)
     case '2':
       return run(base, 'dense', freeze=INDEXERS_WAIT, optimizer=dict(learning_rate=1e-3),
-                 data=dict(sources=sources(**clips), **mixed))
+                 data=dict(sources=sources(**clips), **mixed), **tried)
     case '3-warmup':
       return run(base, 'warmup', freeze=ONLY_INDEXERS, optimizer=dict(schedule='constant'), steps=100,
-                 data=dict(sources=sources(**clips), **mixed))
+                 data=dict(sources=sources(**clips), **mixed), **tried)
     case '3':
       return run(base, 'sparse', optimizer=dict(learning_rate=5e-4, indexer_learning_rate=1e-3),
-                 data=dict(sources=sources(**clips), **mixed))
+                 data=dict(sources=sources(**clips), **mixed), **tried)
 
 
 def get_config(variant: str = ''):

@@ -30,6 +30,11 @@ class Source(NamedTuple):
   weight: float    # share of the samples, relative to the other sources' weights
 
 
+def folder(data) -> pathlib.Path:
+  """Where the training data lie."""
+  return pathlib.Path(data.path) if data.sources else pathlib.Path(data.path).parent
+
+
 def listed(data) -> list[Source]:
   """The sources of a config by name: `data.sources`, their paths relative to the folder `data.path`, or the one file
   `data.path`. Raises InputError when two of them are one file: it would be counted under one name."""

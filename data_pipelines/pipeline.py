@@ -11,7 +11,6 @@ resume, do not depend on what was skipped; it is counted and the packer drops it
 """
 import collections
 import os
-import pathlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from absl import flags
 
 from data_pipelines import chat, images, mixture, packing, sources, streams, tokenizer, video
 from data_pipelines.errors import InputError
-from data_pipelines.schema import Example
+from data_pipelines.schema import Batch, Example
 
 WINDOW_ROWS = 32                # rows filled together by first-fit-decreasing: at 2-5 samples a row, 1-3% padding
 WINDOW_BYTES = 1 << 29          # of pixels; a window closes earlier than WINDOW_ROWS when samples are long videos
@@ -70,6 +69,24 @@ def train_batches(data, batch: int, seed: int, process_index: int = 0, process_c
   return streams.Batches(opened, load.rows, (process_index, process_count), data.streams or process_count, reading)
 
 
+def heldout_batches(load: 'Load', batch: int, process_index: int, process_count: int, together: bool
+                    ) -> Iterator[Batch]:
+  """Every row of a file once, in order: this process's share of batches of `batch` rows, the last filled up with empty
+  ones. Every process reads the whole file, so that all of them have equally many batches.
+  """
+  mine, rows = batch // process_count, []
+  empty = packing.collate([], load.shape)
+  for start in range(0, len(load.rows), WINDOW_ROWS):
+    examples = [load(i) for i in range(start, min(start + WINDOW_ROWS, len(load.rows)))]
+    rows += [(bin_, examples) for bin_ in packing.plan(examples, load.shape, together)]
+    last = start + WINDOW_ROWS >= len(load.rows)
+    while len(rows) >= batch or (last and rows):
+      part = packing.collate(rows[:batch][process_index * mine:(process_index + 1) * mine], load.shape)
+      fill = [np.zeros((mine - len(a), *e.shape[1:]), e.dtype) for a, e in zip(part, empty)]
+      yield Batch(*map(np.concatenate, zip(part, Batch(*fill)._replace(vision_BT=fill[6] - 1))))
+      rows = rows[batch:]
+
+
 def shuffled(load: 'Load', seed: int, stream: int, of: int) -> grain.MapDataset:
   """The endless samples of stream `stream` of `of`."""
   return mixture.stream(load.rows, seed, stream, of).map(load)
@@ -84,7 +101,7 @@ def row_shape(data, patch: int = 14, merge: int = 2) -> packing.Shape:
 
 def open_tokenizer(data) -> tokenizer.Tokenizer:
   """data.tokenizer's folder; without one, the folder of data.path if it has a tokenizer.json, else Keye's full one."""
-  beside = pathlib.Path(data.path) if data.sources else pathlib.Path(data.path).parent
+  beside = mixture.folder(data)
   return tokenizer.load(data.tokenizer or (beside if data.path and (beside / 'tokenizer.json').is_file() else ''))
 
 

@@ -15,7 +15,7 @@ from keye_jax.objectives.sft import sft
 from keye_jax.steps import state as state_lib
 from keye_jax.steps.optimizer import make_optimizer, rates
 from keye_jax.steps.state import State
-from keye_jax.steps.update import make_update
+from keye_jax.steps.update import make_measure, make_update
 
 # Parts of the config that say nothing about the weights, so a folder to start from may differ in them.
 _NOT_WEIGHTS = ('text.max_position', 'text.dense_ffn', 'attention', 'dtype', 'param_dtype', 'remat',
@@ -28,13 +28,15 @@ class Programs(NamedTuple):
   around: Callable[[Any, jax.Array], State]        # (parameters, key) -> state; the parameters are donated
   update: Callable[..., tuple[State, Any]]         # (state, batch, rates, limit), see steps/update.py
   rates: Callable[[int], dict[str, float]]         # step -> learning rate of each optimizer group
+  measure: Callable[[Any, Any, Any], Any]          # (trained, frozen parameters, batch) -> metrics
 
 
 def programs(config: RunConfig) -> Programs:
   model, train = config.model, config.train
   tx = make_optimizer(config.optimizer)
   objective = sft(model.layout, train.balance_weight, train.indexer_weight)
-  update = make_update(functools.partial(keye.apply, model), objective, tx, train.accumulate)
+  apply = functools.partial(keye.apply, model)
+  update = make_update(apply, objective, tx, train.accumulate)
 
   def around(params, key):
     return state_lib.create(params, tx, train.freeze, model.dtype, key)
@@ -43,7 +45,8 @@ def programs(config: RunConfig) -> Programs:
     init_key, key = jax.random.split(key)
     return around(keye.init(model, init_key), key)
 
-  return Programs(jax.jit(fresh), jax.jit(around, donate_argnums=0), update, rates(config.optimizer, train.steps))
+  return Programs(jax.jit(fresh), jax.jit(around, donate_argnums=0), update, rates(config.optimizer, train.steps),
+                  make_measure(apply, objective))
 
 
 def first_state(config: RunConfig, made: Programs, say: Callable[[str], None]) -> State:

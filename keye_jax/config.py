@@ -161,6 +161,9 @@ class TrainConfig:
   save_every: int = 1000
   keep: int = 2                   # checkpoints kept
   init: str = ''                  # Hugging Face folder or run folder to start from; '': random
+  heldout: str = ''               # file of rows to evaluate on, relative to the folder of the training data
+  eval_every: int = 0             # steps between evaluations of `heldout`; the best parameters go to RUN/best
+  patience: int = 0               # stop after so many evaluations in a row without a better one; 0: never
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +199,9 @@ def check(config: RunConfig) -> RunConfig:
        f'train.batch = {train.batch} rows cannot come in equal shares from data.streams = {config.data.streams}'),
       (train.spike_factor and train.spike_factor <= 1,
        f'train.spike_factor = {train.spike_factor} must be above 1, or 0 for no limit'),
+      (bool(train.heldout) != (train.eval_every > 0),
+       f'train.heldout = {train.heldout!r} and train.eval_every = {train.eval_every} need each other'),
+      (train.patience and not train.heldout, f'train.patience = {train.patience} needs train.heldout'),
       *((getattr(train, key) < 1, f'train.{key} = {getattr(train, key)} must be at least 1')
         for key in ('steps', 'batch', 'accumulate', 'log_every', 'save_every', 'keep', 'max_bad_steps'))]
   for wrong, message in reversed(faults):       # a number below 1 first: the others are about larger ones

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from data_pipelines import pipeline, streams
 from data_pipelines.errors import InputError
-from keye_jax import begin, checkpoint, feed, run_folder, watch
+from keye_jax import begin, checkpoint, feed, heldout, run_folder, watch
 from keye_jax.config import RunConfig
 from keye_jax.meter import Meter
 from keye_jax.metrics import Compilations, Progress, Writer, say, say_anywhere
@@ -52,13 +52,15 @@ def train(config: RunConfig, out: str | os.PathLike, wandb: str = '', profile: b
     checkpoints, made = checkpoint.Checkpoints(out, t.keep, say), begin.programs(config)
     meter = Meter(t.max_bad_steps, t.spike_factor)
     kept = {'config': dataclasses.asdict(config), 'dataset': pipeline.fingerprints(config.data)}
-    state, step = start(config, out, made, checkpoints, batches, meter, kept['dataset'])
+    state, step, judged = start(config, out, made, checkpoints, batches, meter, kept['dataset'])
+    trial = heldout.Trial(config, out, made.measure, judged) if t.heldout else None
+    enough = lambda: trial is not None and trial.enough
     writer = closing(Writer(out, step, kept['config'], wandb))
     progress = closing(Progress('train', step, t.steps))
 
     trace = closing(watch.Trace(out, profile))
     signals = stack.enter_context(Signals())
-    while step < t.steps:
+    while step < t.steps and not enough():
       trace.step()
       with meter.timed('data'):
         batch = next(batches)
@@ -69,19 +71,24 @@ def train(config: RunConfig, out: str | os.PathLike, wandb: str = '', profile: b
         meter.add(step, metrics, feed.tokens(batch, placed), batches.sources)
         meter.settle(leave=1)           # one step stays under way while the host fetches the next batch
       progress.step()
-      ended, stopped = step == t.steps, signals.stop(step)
+      ended, stopped, record = step == t.steps, signals.stop(step), {}
       if ended or step % t.log_every == 0:         # not when stopped: the window goes on after a restart
         record = meter.record() | {'learning_rate': made.rates(step - 1)['model'],
                                    'rows_skipped': rows_skipped(batches.stats(), part),
                                    'compilations': compilations.count}
         record |= counters(batches.stats())
         record |= watch.mfu(config, record['tokens_per_s']) | watch.memory()
-        writer.write(step, record)
         progress.record(step, t.steps, record)
-      if ended or stopped or step % t.save_every == 0:
+      if trial and (ended or step % t.eval_every == 0):
+        checkpoints.wait()             # the best is saved too, one save at a time
+        record |= trial.run(step, state)
+        judged = trial.judged
+      if record:
+        writer.write(step, record)
+      if ended or stopped or enough() or step % t.save_every == 0:
         meter.settle()
         with meter.timed('save'):
-          checkpoints.save(step, state, kept | {'data': batches.get_state(), 'meter': meter.saved()})
+          checkpoints.save(step, state, kept | {'data': batches.get_state(), 'meter': meter.saved(), 'heldout': judged})
       checkpoints.check()
       if stopped:
         break
@@ -96,18 +103,20 @@ def train(config: RunConfig, out: str | os.PathLike, wandb: str = '', profile: b
         } | watch.memory()
     if 'tokens/s' in summary:
       summary |= watch.mfu(config, summary['tokens/s'])
+    summary |= trial.summary() if trial else {}
     return Result(step, 0 if step >= t.steps else signals.caught, summary)
 
 
 def start(config: RunConfig, out: pathlib.Path, made: begin.Programs, checkpoints: checkpoint.Checkpoints, batches,
-          meter: Meter, dataset: dict[str, str]) -> tuple[State, int]:
-  """State and step to go on from: those of the newest whole checkpoint, else of step 0. Writes RUN/config.json."""
+          meter: Meter, dataset: dict[str, str]) -> tuple[State, int, dict[str, Any]]:
+  """State, step and how the held-out evaluations went, to go on from: those of the newest whole checkpoint, else of
+  step 0. Writes RUN/config.json."""
   words = pipeline.open_tokenizer(config.data)
   if words.size > config.model.text.vocab:
     raise InputError(f'{config.data.path}: its tokenizer has {words.size} tokens, more than model.text.vocab = '
                      f'{config.model.text.vocab}')
   checkpoints.tidy()
-  found = None
+  found, judged = None, {}
   if checkpoints.exist():
     for line in run_folder.check_same(out, config):
       say(f'{out}: going on with another {line}')
@@ -122,11 +131,12 @@ def start(config: RunConfig, out: pathlib.Path, made: begin.Programs, checkpoint
                          f'{then[:8]}, now {now[:8]}); bring them back, or start again with another --out')
     batches.set_state(streams.join([host['data'] for host in found.hosts]))
     meter.restore(found.hosts[0]['meter'])
+    judged = found.hosts[0].get('heldout', {})
     say(f'{out}: going on from step {step}' if step < config.train.steps else f'{out}: already at step {step}')
   if jax.process_index() == 0:
     run_folder.write_config(out, config)
     words.save(out)
-  return state, step
+  return state, step, judged
 
 
 def rows_skipped(stats: dict[str, Any], part: tuple[int, int]) -> int:

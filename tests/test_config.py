@@ -114,6 +114,8 @@ def test_a_wrong_override_gives_one_line(override, message):
     (["data.sources=({'name': 'a', 'path': 'a', 'wight': 1.0},)"], "data.sources[0]: unknown key 'wight'"),
     (['train.accumulate=3'], 'train.batch = 8 rows cannot be cut into train.accumulate = 3 micro-batches'),
     (['train.accumulate=0'], 'train.accumulate = 0 must be at least 1'),
+    (['train.heldout=x'], "train.heldout = 'x' and train.eval_every = 0 need each other"),
+    (['train.patience=2'], 'train.patience = 2 needs train.heldout'),
     (['train.save_every=0'], 'train.save_every = 0 must be at least 1'),
 ])
 def test_keys_that_contradict_each_other_are_named(overrides, message):
@@ -139,9 +141,9 @@ def test_a_wrong_file_gives_one_line(tmp_path):
   assert "no variant ''" in fails('', 'configs/sft.py')
   old = ('from keye_jax.config import *\ndef get_config(v):\n'
          '  d = to_dict(RunConfig())\n  d.train.epochs = 3\n  return d')
-  assert fails(old, c).endswith("train: unknown key 'epochs'; known keys: accumulate, balance_weight, batch, freeze, "
-                                'indexer_weight, init, keep, log_every, max_bad_steps, save_every, seed, spike_factor, '
-                                'steps')
+  assert fails(old, c).endswith("train: unknown key 'epochs'; known keys: accumulate, balance_weight, batch, "
+                                'eval_every, freeze, heldout, indexer_weight, init, keep, log_every, max_bad_steps, '
+                                'patience, save_every, seed, spike_factor, steps')
 
 
 def test_the_configs_describe_what_they_say():

@@ -79,7 +79,8 @@ def small(stage: str, folder, init: str = '') -> pretrain.RunConfig:
       config, model=dataclasses.replace(config.model, text=dataclasses.replace(config.model.text, indexer=topk)),
       optimizer=dataclasses.replace(config.optimizer, warmup_steps=1),
       data=dataclasses.replace(config.data, path=str(folder), tokens=96, vision_rows=vision_rows),
-      train=dataclasses.replace(config.train, steps=3, batch=2, log_every=1, init=init))
+      train=dataclasses.replace(config.train, steps=3, batch=2, log_every=1, init=init, heldout='',
+                                eval_every=0))
 
 
 @pytest.fixture(scope='module')

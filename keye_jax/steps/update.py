@@ -84,6 +84,14 @@ def make_update(apply: Callable[[Any, Any], Any], objective: Objective, tx: opta
   return update
 
 
+def make_measure(apply: Callable[[Any, Any], Any], objective: Objective) -> Callable[[Any, Any, Any], Metrics]:
+  """Returns a jitted pure function (trained parameters, frozen ones, batch) -> metrics, without a gradient."""
+  @jax.jit
+  def measure(train, frozen, batch):
+    return objective.loss(apply(merge(train, frozen), batch), batch, objective.totals(batch))[1]
+  return measure
+
+
 def micro_batches(batch: Any, n: int) -> Any:
   """Leaves [B, ...] -> [n, B/n, ...], rows dealt in turn. Raises InputError when n does not divide B."""
   def one(x):
