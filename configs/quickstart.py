@@ -1,4 +1,4 @@
-"""The main job at the size of a laptop: a Keye of 1.2 million parameters learns from FrameForge clips.
+"""The main job at the size of a laptop: a Keye of 1.1 million parameters learns from FrameForge clips.
 
 Stages of `keye quickstart`, in this order; each is a run that `keye train --config configs/quickstart.py:STAGE` can
 also train by itself once the data lie in runs/quickstart/data:
@@ -9,10 +9,10 @@ also train by itself once the data lie in runs/quickstart/data:
     sparse   clips with sparse attention
     blind    video with grey frames, from random weights: what can be had from the questions alone
 
-For half of the video stage the model names the time of some event, not of the one that was asked about; then it finds
-the match of asked and shown digit within a few hundred steps (docs/main_job.md). Muon gets there; AdamW had not when
-it ended. A row holds one clip with all its questions. The stages
-share the shape of a batch and with it the compiled program where they can.
+At first the model names the time of some event, not of the one that was asked about; then it finds the match of asked
+and shown digit (docs/main_job.md). Training clips ask for all events as well, and Muon learns it; without either it had
+not by the end. A row holds one clip with all its questions. The stages share the shape of a batch and with it the
+compiled program where they can.
 """
 import dataclasses
 
