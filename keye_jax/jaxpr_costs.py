@@ -132,8 +132,9 @@ class Walk(NamedTuple):
       body = params['jaxpr'].jaxpr
       cost, waiting = self.jaxpr(body, [None] * len(body.invars))
       cost = plus(cost, *(self.reduced(v, axes) for v, axes in zip(body.outvars, waiting) if axes))
-      kept = params['num_consts'] + params['num_carry']
-      ends = (*eqn.invars[kept:], *eqn.outvars[params['num_carry']:])
+      # What is scanned over has an axis more outside than inside; jax names the counts differently from 0.12 on.
+      ends = [v for v, inside in zip((*eqn.invars, *eqn.outvars), (*body.invars, *body.outvars))
+              if v.aval.ndim > inside.aval.ndim]
       return plus(times(cost, params['length']), Cost(bytes=sum(map(self.bytes, ends))))
     if name == 'cond':
       return max((self.closed(b) for b in params['branches']), key=lambda c: (c.flops, c.bytes))
