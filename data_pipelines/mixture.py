@@ -120,14 +120,14 @@ def shares(mixed: Sequence[Source]) -> list[int]:
   return counts
 
 
-def stream(rows: Rows, seed: int, process_index: int, process_count: int) -> grain.MapDataset:
-  """The endless stream of row numbers of one process.
+def stream(rows: Rows, seed: int, index: int, of: int) -> grain.MapDataset:
+  """The endless row numbers of stream `index` of `of`.
 
-  Each source is shuffled anew each epoch and dealt out to the processes in turn; every process mixes its part by the
-  same weights, in the same order of sources.
+  Each source is shuffled anew each epoch and dealt out to the streams in turn; every stream mixes its part by the same
+  weights, in the same order of sources.
   """
   def one(start: int, stop: int, seed: int) -> grain.MapDataset:
-    return grain.MapDataset.range(start, stop).seed(seed % 2**32).shuffle().repeat()[process_index::process_count]
+    return grain.MapDataset.range(start, stop).seed(seed % 2**32).shuffle().repeat()[index::of]
 
   spans = list(itertools.pairwise(rows.starts))
   if len(spans) == 1:
@@ -136,9 +136,9 @@ def stream(rows: Rows, seed: int, process_index: int, process_count: int) -> gra
   return grain.MapDataset.select_from_datasets(parts, Order(shares(rows.sources), seed))
 
 
-def epoch(rows: Rows, process_count: int) -> int:
-  """Places of a process's stream after which every row of every source was met."""
-  sizes = [-(-len(file) // process_count) for file in rows.files]
+def epoch(rows: Rows, of: int) -> int:
+  """Places of one of `of` streams after which every row of every source was met."""
+  sizes = [-(-len(file) // of) for file in rows.files]
   if len(sizes) == 1:
     return sizes[0]
   return max(BLOCK * -(-size // count) for size, count in zip(sizes, shares(rows.sources)))

@@ -82,8 +82,8 @@ def heldout_batches(load: 'Load', batch: int, process_index: int, process_count:
     last = start + WINDOW_ROWS >= len(load.rows)
     while len(rows) >= batch or (last and rows):
       part = packing.collate(rows[:batch][process_index * mine:(process_index + 1) * mine], load.shape)
-      fill = [np.zeros((mine - len(a), *e.shape[1:]), e.dtype) for a, e in zip(part, empty)]
-      yield Batch(*map(np.concatenate, zip(part, Batch(*fill)._replace(vision_BT=fill[6] - 1))))
+      fill = Batch(*(np.zeros((mine - len(a), *e.shape[1:]), e.dtype) for a, e in zip(part, empty)))
+      yield Batch(*map(np.concatenate, zip(part, fill._replace(vision_BT=fill.vision_BT - 1))))
       rows = rows[batch:]
 
 

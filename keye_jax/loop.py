@@ -125,6 +125,9 @@ def start(config: RunConfig, out: pathlib.Path, made: begin.Programs, checkpoint
     state, step = begin.first_state(config, made, say), 0
   else:
     state, step = found.state, found.step
+    if 'dataset' not in found.hosts[0]:         # of `keye import`, or the best step of a run
+      raise InputError(f'{out}: holds a model, not a run to go on with; start from it: --config.train.init={out} and '
+                       'another --out')
     for what, then in found.hosts[0]['dataset'].items():
       if then != (now := dataset.get(what, 'absent')):
         raise InputError(f'{config.data.path}: the {what} changed since the checkpoint of step {step} (fingerprint '

@@ -67,6 +67,8 @@ def test_losses_are_of_all_rows_and_the_best_is_kept(data, tmp_path):
                   * batch.weight_BT[0]).sum())
     weight += batch.weight_BT.sum()
   assert records[best]['heldout/loss'] == pytest.approx(nll / weight, rel=1e-5)
+  with pytest.raises(InputError, match=r'best: holds a model, not a run .* --config.train.init='):
+    loop.train(run_folder.read_config(tmp_path / 'best'), tmp_path / 'best')
 
 
 def _one(load, example):
