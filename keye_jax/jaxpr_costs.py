@@ -133,8 +133,8 @@ class Walk(NamedTuple):
       cost, waiting = self.jaxpr(body, [None] * len(body.invars))
       cost = plus(cost, *(self.reduced(v, axes) for v, axes in zip(body.outvars, waiting) if axes))
       # What is scanned over has an axis more outside than inside; jax names the counts differently from 0.12 on.
-      ends = [v for v, inside in zip((*eqn.invars, *eqn.outvars), (*body.invars, *body.outvars))
-              if v.aval.ndim > inside.aval.ndim]
+      ends = [v for v, inner in zip((*eqn.invars, *eqn.outvars), (*body.invars, *body.outvars))
+              if v.aval.ndim > inner.aval.ndim]
       return plus(times(cost, params['length']), Cost(bytes=sum(map(self.bytes, ends))))
     if name == 'cond':
       return max((self.closed(b) for b in params['branches']), key=lambda c: (c.flops, c.bytes))
