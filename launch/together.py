@@ -3,6 +3,7 @@
 Without this the others would wait in a collective for the one that is gone: on CPUs until its connection breaks, on
 TPUs and GPUs until jax.distributed misses its heartbeat (100 s), and then end with a trace of somebody else's error. A
 process that fails leaves its message with the coordinator, which is process 0; the others look there every second.
+Process 0 leaves last: jax.distributed aborts every process that finds the coordinator gone.
 """
 import os
 import re
@@ -11,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 import jax
 from jax._src import distributed  # its key-value store has no public name; Orbax goes the same way
@@ -21,7 +23,8 @@ from data_pipelines.errors import InputError
 
 LOST = 75                # EX_TEMPFAIL: a process of the run is gone; the same command goes on from the last checkpoint
 LOOK_SECONDS = 1.0
-FAILED, SEEN = 'keye/failed', 'keye/seen'
+FAILED, SEEN, LEFT = 'keye/failed', 'keye/seen', 'keye/left'
+_ending = threading.Lock()         # held by the thread that ends the process: the first reason is the one told
 # What a collective says when its other end is gone: gloo, NCCL, gRPC.
 _GONE = re.compile(r'gloo|Connection (closed|reset|refused)|Socket closed|connection error|UNAVAILABLE|Broken pipe'
                    r'|DEADLINE_EXCEEDED|NCCL|heartbeat|coordination service|barrier', re.I)
@@ -38,7 +41,7 @@ def run(name: str, work: Callable[[], int]) -> int:
     try:
       return work()
     except streams.Stuck as e:
-      return _leave(LOST, f'keye {name}: {e}')
+      _leave(LOST, f'keye {name}: {e}')
   client, count, me = distributed.global_state.client, jax.process_count(), jax.process_index()
   where = f'keye {name}: process {me} of {count}'
   done = threading.Event()
@@ -53,13 +56,12 @@ def run(name: str, work: Callable[[], int]) -> int:
   except Exception as e:
     if _other_end_gone(e):
       time.sleep(3 * LOOK_SECONDS)     # the watcher says why, if the other process could
-      return _leave(LOST, f'{where}: another process of the run is gone; run the same command again on all')
+      _leave(LOST, f'{where}: another process of the run is gone; run the same command again on all')
     code, line = LOST if isinstance(e, streams.Stuck) else 2, str(e)
     if not isinstance(e, InputError):
       traceback.print_exc()
       code, line = 1, f'{type(e).__name__}: {" ".join(str(e).split())[:500]}'
-  _tell(client, me, count, f'{code} {line}')
-  return _leave(code, f'{where}: {line}')
+  _leave_together(client, me, count, FAILED, f'{code} {line}', code, f'{where}: {line}')
 
 
 def _other_end_gone(error: Exception) -> bool:
@@ -84,30 +86,46 @@ def _watch(name: str, client, me: int, count: int, done: threading.Event) -> Non
       continue
     other, said = min(failed.items())
     code, _, line = said.partition(' ')
-    try:
-      client.key_value_set(f'{SEEN}/{me}', '')
-    except Exception:
-      pass
-    _leave(int(code), f'keye {name}: process {me} of {count}: ended with process {other}: {line}')
+    _leave_together(client, me, count, SEEN, '', int(code),
+                    f'keye {name}: process {me} of {count}: ended with process {other}: {line}')
 
 
-def _tell(client, me: int, count: int, said: str) -> None:
-  """Leaves the message, and waits for the others to read it: with process 0 the coordinator ends too."""
+def _leave_together(client, me: int, count: int, key: str, said: str, code: int, line: str) -> NoReturn:
+  """Ends the process when all know why (`said`, under `key`), process 0 when the others have left."""
+  _say(line)
   try:
-    client.key_value_set(f'{FAILED}/{me}', said)
-    deadline = time.monotonic() + 10 * LOOK_SECONDS
-    while time.monotonic() < deadline:
-      time.sleep(LOOK_SECONDS / 4)
-      done = {key.rpartition('/')[2] for kind in (SEEN, FAILED) for key, _ in client.key_value_dir_get(kind)}
-      if len(done) >= count:
-        return
+    client.key_value_set(f'{key}/{me}', said)
+    _wait(client, (FAILED, SEEN), count)
+    if me == 0:
+      _wait(client, (LEFT,), count - 1)
+      time.sleep(LOOK_SECONDS)
+    else:
+      client.key_value_set(f'{LEFT}/{me}', '')
   except Exception:
     pass                   # the coordinator is gone: nobody to tell
+  _exit(code)
 
 
-def _leave(code: int, line: str):
-  """Ends the process without waiting for anybody: shutting jax.distributed down would, for the processes that are
-  gone."""
+def _wait(client, keys: tuple[str, ...], count: int) -> None:
+  """Until `count` processes have set one of the keys, or 10 looks are over."""
+  deadline = time.monotonic() + 10 * LOOK_SECONDS
+  while time.monotonic() < deadline:
+    if len({name.rpartition('/')[2] for key in keys for name, _ in client.key_value_dir_get(key)}) >= count:
+      return
+    time.sleep(LOOK_SECONDS / 4)
+
+
+def _leave(code: int, line: str) -> NoReturn:
+  _say(line)
+  _exit(code)
+
+
+def _say(line: str) -> None:
+  _ending.acquire()
   print(line, file=sys.stderr, flush=True)
+
+
+def _exit(code: int) -> NoReturn:
+  """Without waiting for anybody: shutting jax.distributed down would, for the processes that are gone."""
   sys.stdout.flush()
   os._exit(code)
