@@ -5,6 +5,7 @@
     keye data check rows.jsonl                      reads every row and every medium, lists what cannot be used
     keye data stats rows.jsonl --plot a.png         lengths, durations and kinds, also as a picture
     keye data import --format charades-sta charades_sta_test.txt --videos DIR --out rows.jsonl
+    keye data build rows.jsonl --out DIR            decoded, deduplicated, kept apart from evaluation sets, in shards
     keye data sheet --data rows.jsonl --out a.png   one FrameForge clip with its questions, as a picture
 """
 import argparse
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from data_pipelines import annotations, frameforge, sources, tokenizer
 from data_pipelines.errors import InputError
-from launch import data_check, data_plot
+from launch import data_build, data_check, data_plot
 from launch.run_config import HELP, load
 
 SHOWN = 20      # unusable rows that are printed
@@ -45,12 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   bring.add_argument('--format', required=True, choices=annotations.FORMATS)
   bring.add_argument('--videos', required=True, help='folder with the videos, or folders of them')
   bring.add_argument('--out', required=True, help='JSONL file to write')
+  build = kinds.add_parser('build', help='make shards that training reads: no duplicate, nothing of an evaluation set')
+  data_build.add_arguments(build)
   sheet = kinds.add_parser('sheet', help='draw one clip of a FrameForge file')
   sheet.add_argument('--row', type=int, default=0, help='which, from 0')
   sheet.add_argument('--out', required=True, help='PNG file')
   for kind in (words, sheet):
     kind.add_argument('--data', required=True, help='file of rows')
-  for kind in (forge, words, check, stats, bring):
+  for kind in (forge, words, check, stats, bring, build):
     kind.add_argument('--json', action='store_true', help='one JSON object on stdout')
 
 
@@ -83,6 +86,9 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
       lines += made['unusable'][:SHOWN]
       if len(made['unusable']) > SHOWN or len(made['missing']) > SHOWN:
         lines.append('--json lists all')
+    case 'build':
+      made = data_build.build(args, config_args)
+      lines = data_build.lines(made, args.out)
     case 'sheet':
       rows = sources.Rows(args.data)
       if not 0 <= args.row < len(rows):
