@@ -61,9 +61,10 @@ def bars() -> Iterator[Callable[[str, int, int], None]]:
   shown: dict[str, tqdm] = {}
 
   def progress(what: str, done: int, of: int) -> None:
-    if what not in shown:
+    if what not in shown and (done or what == 'rows'):
       shown[what] = tqdm(desc=what, total=of, initial=done, unit=what[:-1], leave=False)
-    shown[what].update(done - shown[what].n)
+    if what in shown:
+      shown[what].update(done - shown[what].n)
 
   with contextlib.ExitStack() as stack:
     yield progress
