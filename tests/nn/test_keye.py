@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from keye_jax import sharding
+from keye_jax import feed, sharding
 from keye_jax.config import MeshConfig
 from keye_jax.nn import counts, decoder, head, keye
 from tests.nn import batches
@@ -156,8 +156,7 @@ def test_meshes_agree(params, mode, shape, transport):
     sharding.use_mesh(MeshConfig(*shape))
     shapes = keye.param_shapes(config)
     placed = jax.tree.map(lambda a, s: jax.device_put(a, s.sharding.spec), params, shapes)
-    where = lambda a: sharding.spec('train', 'batch', 'seq' if a.shape[1] == 32 else None)
-    rows = jax.tree.map(lambda a: jax.device_put(a, where(a)), batch)
+    rows = feed.place('train', jax.tree.map(np.asarray, batch), *feed.share('train', 8))
     got = jax.tree.map(np.asarray, gradients(config, placed, rows, 1.0, 1.0))
   finally:
     jax.set_mesh(None) if mesh_before.empty else jax.set_mesh(mesh_before)
