@@ -15,7 +15,7 @@ PAGES = ['README.md', 'CONTRIBUTING.md', 'docs/papers.md', 'docs/kernels.md', 'd
          'docs/failures.md', 'docs/data.md']
 FOLDERS = ('', 'pallas_kernels', 'data_pipelines', 'keye_jax', 'tests/data_pipelines')
 # What the documentation names without promising that it lies in the checkout.
-ELSEWHERE = re.compile(r'runs/|~/|report\.html$|reference\.py$|xla\.py$|tpu\.py$|gpu\.py$|__init__\.py$|utils\.py$')
+ELSEWHERE = re.compile(r'runs/|~/|report\.html$|dataset\.json$|(reference|xla|tpu|gpu|__init__|utils)\.py$')
 
 
 @pytest.mark.parametrize('page', PAGES)

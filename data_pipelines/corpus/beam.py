@@ -55,7 +55,11 @@ def run(flow: Callable[[Beam], Any], runner: str, args: str) -> None:
     raise InputError(f"--runner {runner} needs Apache Beam, the extra `data`: pip install 'keye_jax[data]' ({e}); "
                      'without --runner the build runs on the processes of this machine') from None
   try:
-    with apache_beam.Pipeline(options=PipelineOptions([f'--runner={runner}', *shlex.split(args)])) as pipeline:
+    pipeline = apache_beam.Pipeline(options=PipelineOptions([f'--runner={runner}', *shlex.split(args)]))
+  except (ValueError, ImportError, SystemExit) as e:
+    raise InputError(f'--runner {runner} --beam-args {args!r}: {str(e).splitlines()[0]}') from None
+  try:
+    with pipeline:
       flow(Beam(apache_beam, pipeline))
   except Exception as e:       # of a step, in whatever the runner wraps it in
     if found := re.search(r'InputError: (.+?)(?: \[while running |$)', f'{type(e).__name__}: {e}', re.M):

@@ -56,8 +56,9 @@ def build(rows: Sequence[str], out: str, data, patch: int, merge: int, runner: C
     seen.add(real)
   count = sum(n for _, n in files[0])
   vocabulary = _tokenizer(data, rows)
-  job = steps.Job(str(out), tuple(files[0]), tuple(files[1]), dataclasses.replace(data, path='', sources=(),
-                  tokenizer=str(out)), patch, merge, shard_rows or max(LEAST, -(-count // SHARDS)), gram, same)
+  job = steps.Job(str(out), tuple(files[0]), tuple(files[1]),
+                  dataclasses.replace(data, path='', sources=(), tokenizer=str(out), grey=False), patch, merge,
+                  shard_rows or max(LEAST, -(-count // SHARDS)), gram, same)
   made = _made(job, vocabulary)
   if (out / shards.MANIFEST).is_file():
     return _verified(out, made)

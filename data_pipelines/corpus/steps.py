@@ -125,7 +125,7 @@ def _see(part, job):
 
 
 def index(seen: Iterable[Seen]) -> Index:
-  """All evaluation sets together; the earliest row that has something is named for it."""
+  """All evaluation sets together; of several rows that have something, the first by name is named for it."""
   seen = sorted(seen, key=lambda s: s.where)
   count: dict[int, int] = {}
   for h in itertools.chain.from_iterable(g for s in seen for g in s.grams):
