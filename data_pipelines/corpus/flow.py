@@ -38,11 +38,11 @@ def build(rows: Sequence[str], out: str, data, patch: int, merge: int, runner: C
           progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
   """Builds the corpus `out` from files of rows; returns its manifest.
 
-  data: the sampling and limits (DataConfig); its `path` and `sources` are not used. runner: calls a function with
-  something that has the five verbs, and returns when all is done. against: files whose media and
-  runs of `gram` words are kept out. same: what two rows must share for the later one to be dropped: the 'row', media
-  and text; the 'medium'; or 'nothing', so that none is. shard_rows: rows that go into a shard; 0: LEAST, or as many as
-  make SHARDS shards. progress: told (what, done, of).
+  data: the sampling and limits (DataConfig); its `path`, `sources` and `grey` are not used. runner: calls a function
+  with something that has the five verbs, and returns when all is done. against: files whose media and runs of `gram`
+  words are kept out. same: what two rows must share for the later one to be dropped: the 'row', media and text; the
+  'medium'; or 'nothing', so that none is. shard_rows: rows that go into a shard; 0: LEAST, or as many as make SHARDS
+  shards. progress: told (what, done, of).
 
   A build that was stopped goes on; one that is finished is checked against its digests. Raises InputError when a file
   is missing, when `out` holds something else, or when nothing is left.

@@ -117,8 +117,8 @@ def _see(part, job):
   for i in range(part.start, part.stop):
     try:
       row = load.rows[i]
-      turns = [turn for part in (row.trunk, *row.branches)
-               for turn in pipeline.load_media(part, job.data, job.patch, job.merge)]
+      turns = [turn for said in (row.trunk, *row.branches)
+               for turn in pipeline.load_media(said, job.data, job.patch, job.merge)]
     except InputError as e:
       raise InputError(f'--against {load.rows.where(i)}: {e}; without this row the set cannot be kept out') from None
     yield load.rows.where(i), [sorted({h for h, _ in words.grams(turn, job.gram)}) for turn in turns], _looks(turns)
