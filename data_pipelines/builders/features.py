@@ -65,7 +65,7 @@ def example(kind: str, row: sources.Row, folder: pathlib.Path) -> dict[str, Any]
 
 def row(found: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
   """An example as a row in the project's own form; `folder` is TFDS's data_dir."""
-  number = lambda value: float(str(value))           # 24.3, where float() gives 24.299999237060547
+  number = lambda value: float(str(np.float32(value)))         # 24.3, where float() gives 24.299999237060547
   text = lambda value: value.decode() if isinstance(value, bytes) else str(value)
   asked = found['questions']
   kind = 'image' if 'image' in found else 'video'
@@ -77,8 +77,9 @@ def row(found: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     out['seconds'] = number(found['seconds'])
   if 'interval' in asked:
     spans = [(number(a), number(b)) if a >= 0 else None for a, b in asked['interval']]
-    out['interval'] = [span and list(span) for span in spans]
-    out['others'] = [[list(o) for o in dict.fromkeys(spans) if o and o != span] if span else None for span in spans]
+    if any(spans):          # as annotations.rows does
+      out['interval'] = [span and list(span) for span in spans]
+      out['others'] = [[list(o) for o in dict.fromkeys(spans) if o and o != span] if span else None for span in spans]
   if 'events' in found:
     e = found['events']
     out['events'] = [[[number(a), number(b), text(s)] for a, b, s in zip(e['start'], e['end'], e['sentence'])]]

@@ -40,7 +40,9 @@ def rows_of(tmp_path, name, suffix, text, videos):
      ['interval', 'others', 'seconds']),
     (builders.TemporalGrounding, 'qvhighlights', '.jsonl', '\n'.join(map(json.dumps, WINDOWS)), ['x_0.0_150.0'],
      ['interval', 'others', 'seconds']),
-    (builders.DenseCaptioning, 'activitynet-captions', '.json', json.dumps(CAPTIONS), ['v_a', 'v_b'],
+    (builders.TemporalGrounding, 'qvhighlights', '.jsonl', json.dumps(WINDOWS[1]), ['x_0.0_150.0'], ['seconds']),
+    (builders.DenseCaptioning, 'activitynet-captions', '.json', json.dumps(CAPTIONS).replace('20.5', '144.31'),
+     ['v_a', 'v_b'],
      ['events', 'seconds']),
     (builders.VideoQa, 'next-qa', '.csv', CHOICE, ['77'], []),
 ])
