@@ -4,7 +4,8 @@ A row is taken to hold one sample: its queries see, on average over the row, hal
 samples cost less. Experts are taken to get equal shares.
 
 B batch, T query time, S key time, H query heads, G KV heads, K head dim, N stacked queries of a KV head, I indexer
-heads, J indexer head dim; of experts: N rows, D embed, F ffn, E experts of this device, K picks of a row among all.
+heads, J indexer head dim; of experts: N rows, D embed, F ffn, E experts of this device, K picks of a row among all,
+G and A ranks of the adapters beside gate_up and down.
 """
 import math
 from collections.abc import Callable
@@ -67,13 +68,26 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
       return Cost(4.0 * picks * weights, bytes=2 * rows + tiles * weights * (width + 2 * FLOAT))
     return rule
 
+  def adapted(forward: bool):
+    """G, A: ranks beside gate_up and down. Backward has no gradient of the matrices, and forms x A again."""
+    def rule(N, D, E, F, K, G, A, width) -> Cost:
+      picks = N * K * E / experts
+      tiles, weights, pairs = picks / grouped.MAX_TILE + E, 3 * D * F, G * (D + 2 * F) + A * (F + D)
+      rows = picks * width * (4 * D + 2 * F)
+      if forward:
+        return Cost(2.0 * picks * (weights + pairs), bytes=rows + tiles * (weights + pairs) * width)
+      return Cost(2.0 * picks * (weights + 2 * pairs + G * D + A * F),
+                  bytes=2 * rows + tiles * (weights * width + pairs * (width + 2 * FLOAT)))
+    return rule
+
   return {
       'dense_attention_forward': attention(2), 'dense_attention_backward': attention(5),
       'dense_attention_forward_full': attention(2, True), 'dense_attention_backward_full': attention(5, True),
       'dsa_attention_forward': sparse(2, 0), 'dsa_attention_backward': sparse(5, 0),
       'dsa_attention_forward_kl': sparse(3, 1), 'dsa_attention_backward_kl': sparse(5, 3),
       'indexer_warmup_forward': warmup(1), 'indexer_warmup_backward': warmup(3),
-      'routed_swiglu_forward': routed(True), 'routed_swiglu_backward': routed(False)}
+      'routed_swiglu_forward': routed(True), 'routed_swiglu_backward': routed(False),
+      'adapted_swiglu_forward': adapted(True), 'adapted_swiglu_backward': adapted(False)}
 
 
 def causal(T: int, S: int) -> float:
