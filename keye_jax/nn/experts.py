@@ -8,7 +8,8 @@ import jax
 from keye_jax import sharding
 from keye_jax.config import ModelConfig
 from keye_jax.nn import layers, router
-from pallas_kernels.grouped_matmul import routed_swiglu
+from keye_jax.sharding import Adapted
+from pallas_kernels.grouped_matmul import adapted_swiglu, routed_swiglu
 
 
 class Mlp(nn.Module):
@@ -37,6 +38,8 @@ def moe(config: ModelConfig, x_BTD, routing: router.Routing, gate_up_EDF2, down_
   local: every device holds all experts (expert axis 1).
   ring:  tokens are all-gathered over the expert axis, each device computes its own experts, results are
          reduce-scattered. Drops nothing.
+
+  Either matrix may be `Adapted`: then each expert has a low-rank pair of its own.
   """
   ring = config.experts_transport == 'ring' and sharding.has_mesh()
   if not ring and sharding.has_mesh() and jax.sharding.get_abstract_mesh().shape['expert'] > 1:
@@ -47,13 +50,23 @@ def moe(config: ModelConfig, x_BTD, routing: router.Routing, gate_up_EDF2, down_
     flat = lambda a: a.reshape(B * T, a.shape[-1])
     x_ND, expert_NK, weight_NK = flat(x_BTD), flat(expert_BTK), flat(weight_BTK)
     if not ring:
-      return routed_swiglu(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD).reshape(B, T, D)
+      return run(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD).reshape(B, T, D)
     gather = lambda a: jax.lax.all_gather(a, 'expert', tiled=True)
-    first = jax.lax.axis_index('expert') * gate_up_EDF2.shape[0]
-    y_ND = routed_swiglu(gather(x_ND), gather(expert_NK) - first, gather(weight_NK), gate_up_EDF2, down_EFD)
+    first = jax.lax.axis_index('expert') * jax.tree.leaves(gate_up_EDF2)[0].shape[0]
+    y_ND = run(gather(x_ND), gather(expert_NK) - first, gather(weight_NK), gate_up_EDF2, down_EFD)
     return jax.lax.psum_scatter(y_ND, 'expert', tiled=True).reshape(B, T, D)
 
+  run = routed_swiglu
+  if isinstance(gate_up_EDF2, Adapted) or isinstance(down_EFD, Adapted):
+    run, gate_up_EDF2, down_EFD = adapted_swiglu, full(gate_up_EDF2), full(down_EFD)
   tokens = ('batch', 'seq', None)
-  in_axes = (tokens, tokens, tokens, ('experts', None, None), ('experts', None, None))
-  return sharding.local(fn, config.layout, in_axes, tokens)(
+  matrices = jax.tree.map(lambda a: ('experts', None, None), (gate_up_EDF2, down_EFD))
+  return sharding.local(fn, config.layout, (tokens, tokens, tokens, *matrices), tokens)(
       x_BTD, routing.expert_BTK, routing.weight_BTK, gate_up_EDF2, down_EFD)
+
+
+def full(w_EAB: jax.Array | Adapted) -> Adapted:
+  """A weight with its adapter, or with one of rank 0."""
+  if isinstance(w_EAB, Adapted):
+    return w_EAB
+  return Adapted(w_EAB, w_EAB[:, :, :0], w_EAB[:, :0])
