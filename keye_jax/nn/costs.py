@@ -24,6 +24,7 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
   """Rules by the name of a pass. seen: (T, S) -> mean keys that a query of the language model sees; default causal."""
   seen = seen or causal
   topk, experts = config.text.indexer.topk, config.text.experts
+  travels = config.experts_transport in ('padded', 'ragged')
 
   def attention(products: int, full: bool = False):
     """Dense attention with so many products of queries and keys: o and scores 2, their gradients 5."""
@@ -58,9 +59,13 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
       return Cost(2.0 * B * keys * (G * N * K + I * T * J * index_products), bytes=read + ends)
     return rule
 
+  def computed(N, E, K) -> float:
+    """Picks: of rows with one each, mine and room for more; else of rows of all devices."""
+    return N * K / config.experts_capacity if travels else N * K * E / experts
+
   def routed(forward: bool):
     def rule(N, D, E, F, K, width) -> Cost:
-      picks = N * K * E / experts
+      picks = computed(N, E, K)
       tiles, weights = picks / grouped.MAX_TILE + E, 3 * D * F
       rows = picks * width * (4 * D + 2 * F)               # rows in, hidden values out or in, results out and in
       if forward:
@@ -71,7 +76,7 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
   def adapted(forward: bool):
     """G, A: ranks beside gate_up and down. Backward has no gradient of the matrices, and forms x A again."""
     def rule(N, D, E, F, K, G, A, width) -> Cost:
-      picks = N * K * E / experts
+      picks = computed(N, E, K)
       tiles, weights, pairs = picks / grouped.MAX_TILE + E, 3 * D * F, G * (D + 2 * F) + A * (F + D)
       rows = picks * width * (4 * D + 2 * F)
       if forward:

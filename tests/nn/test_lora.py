@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from data_pipelines.errors import InputError
-from keye_jax import sharding
+from keye_jax import feed
 from keye_jax.config import LoraConfig, RunConfig, TrainConfig
-from keye_jax.nn import keye, lora
+from keye_jax.nn import head, keye, lora
 from keye_jax.steps import state as state_lib
 from tests.nn import batches
-from tests.nn.test_keye import loss, with_mode
+from tests.nn.test_keye import with_mode
 from tests.steps.test_mesh import mesh
 from tests.tolerances import assert_close
 
@@ -37,7 +37,14 @@ def adapted(config, params, own):
 
 
 def hidden(config, params):
-  return jax.jit(keye.apply, static_argnums=0)(config, params, batches.mixed()).hidden_BTD
+  return batches.forward(config, params, batches.mixed(B=8)).hidden_BTD
+
+
+def loss(config, params, batch):
+  out = keye.apply(config, params, batch)
+  stats = head.token_stats(config.layout, out.hidden_BTD, out.head_DV, batch.target_BT, chunk=16)
+  return -(stats.logp_BT * batch.weight_BT).sum() / batch.weight_BT.sum() + jnp.sum(
+      0.0 if out.aux.kl_LBT is None else out.aux.kl_LBT)
 
 
 @pytest.mark.parametrize('mode', ['dense', 'sparse'])
@@ -60,7 +67,7 @@ def test_new_adapters_change_nothing_and_random_ones_are_the_merged_weights(para
 
 def test_gradients_are_those_through_the_merged_weights(params):
   """Of every pair, by the chain rule of W + alpha / rank A B, with blocks computed again and without."""
-  config, batch = with_mode('sparse'), batches.mixed()
+  config, batch = with_mode('sparse'), batches.mixed(B=8)
   own = pairs(config, params)
   applied = lambda config: jax.jit(jax.grad(lambda own: loss(config, adapted(config, params, own), batch)))(own)
   through_sum = jax.jit(jax.grad(lambda own: loss(config, lora.merged(ALL, config, state_lib.merge(params, own)),
@@ -69,8 +76,9 @@ def test_gradients_are_those_through_the_merged_weights(params):
   jax.tree.map(assert_close, applied(dataclasses.replace(config, remat='block')), through_sum)
 
 
-@pytest.mark.parametrize('mode', ['sparse', pytest.param('dense', marks=pytest.mark.slow)])
-def test_on_a_mesh_of_eight(params, mode):
+@pytest.mark.parametrize('mode, transport', [('sparse', 'ring'),
+                                             pytest.param('dense', 'padded', marks=pytest.mark.slow)])
+def test_on_a_mesh_of_eight(params, mode, transport):
   """Pairs lie as their weights do, and loss and gradients are those of one device; so is what merging gives."""
   config, batch = with_mode(mode), batches.mixed(B=8)
   own = pairs(config, params)
@@ -79,22 +87,21 @@ def test_on_a_mesh_of_eight(params, mode):
   expected = step(config)(own, params, batch)
   merged = lora.merged(ALL, config, state_lib.merge(jax.tree.map(jnp.copy, params), own))
   host = jax.tree.map(np.asarray, (params, own, batch))
-  ring = dataclasses.replace(config, experts_transport='ring')
+  shared = dataclasses.replace(config, experts_transport=transport, experts_capacity=4.0)      # room for all
   with mesh(2, 2, 2):
     put = lambda tree, shapes: jax.tree.map(lambda a, s: jax.device_put(a, s.sharding.spec), tree, shapes)
-    shapes = keye.param_shapes(ring)
+    shapes = keye.param_shapes(shared)
     placed = put(host[0], shapes)
-    born = jax.jit(functools.partial(lora.init, ALL, ring))(placed, jax.random.key(1))
+    born = jax.jit(functools.partial(lora.init, ALL, shared))(placed, jax.random.key(1))
     pair = born['layers']['mlp']['gate_up_lora']
     both = ('data', 'context')
     assert (pair['a'].sharding.spec, pair['b'].sharding.spec) == (jax.P(None, 'expert', both, None),
                                                                   jax.P(None, 'expert', None, None))
     assert born['layers']['attn']['o_lora']['b'].sharding.spec == jax.P(None, None, both)
     placed_own = jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), host[1], born)
-    where = lambda a: sharding.spec('train', 'batch', 'seq' if a.shape[1] == 32 else None)
-    rows = jax.tree.map(lambda a: jax.device_put(a, where(a)), host[2])
-    got = jax.tree.map(np.asarray, step(ring)(placed_own, placed, rows))
-    sums = jax.tree.map(np.asarray, lora.merged(ALL, ring, state_lib.merge(placed, placed_own)))
+    rows = feed.place('train', host[2], *feed.share('train', 8))
+    got = jax.tree.map(np.asarray, step(shared)(placed_own, placed, rows))
+    sums = jax.tree.map(np.asarray, lora.merged(ALL, shared, state_lib.merge(placed, placed_own)))
   jax.tree_util.tree_map_with_path(lambda path, a, b: assert_close(a, b, what=str(path)), got, expected)
   jax.tree.map(assert_close, sums, jax.tree.map(np.asarray, merged))
 
