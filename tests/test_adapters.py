@@ -13,7 +13,7 @@ import pytest
 
 from data_pipelines.errors import InputError
 from keye_jax import adapters, api, begin, checkpoint, loop, run_folder
-from keye_jax.config import LoraConfig
+from keye_jax.config import IndexerConfig, LoraConfig
 from keye_jax.hf import reader, writer
 from keye_jax.nn import head, keye, lora
 from keye_jax.steps import state as state_lib
@@ -86,12 +86,14 @@ def test_only_adapters_have_gradients_optimizer_state_and_a_place_in_the_checkpo
   assert {k for k in saved if k.startswith('train/')} == {f'train/{k}' for k in parts(finished[0])[1]}
 
 
+@pytest.mark.slow
 def test_the_step_neither_forms_merged_weights_nor_their_gradients(data, base):
-  """Ahead of time at a size where weights outweigh activations: a step of adapters needs less room for temporaries than
-  one layer's experts in float32, which a step of the whole model needs several times."""
+  """Ahead of time at a size where weights outweigh activations. What a step of adapters needs beside its arguments is
+  the slice of one layer's weights that the scan reads, and little else: neither a sum nor a gradient of that size. A
+  step of the whole model holds several."""
   config = config_of(data, base)
-  text = dataclasses.replace(config.model.text, layers=3, embed=256, ffn=256, experts=16)
-  model = dataclasses.replace(config.model, text=text, remat='block')
+  text = dataclasses.replace(config.model.text, layers=3, embed=256, ffn=256, experts=16, indexer=IndexerConfig())
+  model = dataclasses.replace(config.model, text=text, remat='block', attention='dense')
   layer = 3 * 256 * 256 * 16 * 4
 
   def temporaries(config):
@@ -101,7 +103,7 @@ def test_the_step_neither_forms_merged_weights_nor_their_gradients(data, base):
     return step.compile().memory_analysis().temp_size_in_bytes
 
   adapted = dataclasses.replace(config, model=model)
-  assert temporaries(adapted) < layer < 2 * layer < temporaries(dataclasses.replace(adapted, lora=LoraConfig()))
+  assert temporaries(adapted) < 1.5 * layer < 4 * layer < temporaries(dataclasses.replace(adapted, lora=LoraConfig()))
 
 
 def test_it_begins_as_the_base_and_learns(finished, base, data):
