@@ -73,15 +73,15 @@ def trained(run: str | os.PathLike, config: RunConfig, model: ModelConfig) -> ch
 def load(run: str | os.PathLike, config: RunConfig, model: ModelConfig, load_base: Callable[[str], Any]) -> Any:
   """Parameters of a run with adapters, merged into its base.
 
-  load_base: folder -> parameters. Looks for the base at train.init of the run's config, then where it was when the
-  checkpoint was written. Raises InputError when it is not there or not the same.
+  load_base: folder -> parameters. Looks for the base where it was when the checkpoint was written, then at train.init
+  of the run's config. Raises InputError when it is not there or not the same.
   """
   own = trained(run, config, model)
   then = own.host['base']
-  path = next((p for p in (config.train.init, then['path']) if os.path.exists(p)), None)
+  path = next((p for p in (then['path'], config.train.init) if os.path.exists(p)), None)
   if path is None:
-    raise InputError(f'{run}: the base of its adapters is not at {then["path"]}; bring it back, or train a step with '
-                     'another --config.train.init')
+    raise InputError(f'{run}: the base of its adapters is not at {then["path"]}; bring it back, or say in config.json '
+                     'of the run, train.init, where it is')
   check_base(run, then, {'path': path, 'digest': digest(path)})
   names, here = _paths(keye.param_shapes(model)), _paths(own.params)
   base = state_lib.pick(load_base(path), lambda path: path in names and path not in here)

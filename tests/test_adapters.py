@@ -1,5 +1,6 @@
 """Runs that train adapters of a base: what is trained and kept, going on, and what the result is."""
 import dataclasses
+import json
 import os
 import pathlib
 import shutil
@@ -13,7 +14,7 @@ import pytest
 
 from data_pipelines.errors import InputError
 from keye_jax import adapters, api, begin, checkpoint, loop, run_folder
-from keye_jax.config import IndexerConfig, LoraConfig
+from keye_jax.config import LoraConfig
 from keye_jax.hf import reader, writer
 from keye_jax.nn import head, keye, lora
 from keye_jax.steps import state as state_lib
@@ -28,14 +29,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 TOKEN_BT = np.random.default_rng(0).integers(0, 250, (2, 20))
 
 
-def with_experts(config):
-  text = dataclasses.replace(config.model.text, experts=4, experts_per_token=2)
-  return dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
-
-
 def config_of(data, base, targets=('layers/attn/*', 'layers/mlp/*'), **train):
-  """Adapters of rank 2 beside a base with experts and an indexer: 12 steps, unless told otherwise."""
-  config = with_experts(tiny_run.with_indexer(tiny_run.config(data, init=str(base), **train)))
+  """Adapters of rank 2 beside a small dense base: 12 steps, unless told otherwise. Experts and sparse attention with
+  adapters are the business of tests/nn."""
+  config = tiny_run.config(data, init=str(base), **train)
   return dataclasses.replace(config, lora=LoraConfig(targets=targets, rank=2, alpha=4.0),
                              optimizer=dataclasses.replace(config.optimizer, learning_rate=2e-2))
 
@@ -49,7 +46,7 @@ def data(tmp_path_factory):
 def base(data, tmp_path_factory):
   """A trained run to adapt."""
   out = tmp_path_factory.mktemp('base')
-  loop.train(with_experts(tiny_run.with_indexer(tiny_run.config(data))), out)
+  loop.train(tiny_run.config(data), out)
   return out
 
 
@@ -92,8 +89,8 @@ def test_the_step_neither_forms_merged_weights_nor_their_gradients(data, base):
   the slice of one layer's weights that the scan reads, and little else: neither a sum nor a gradient of that size. A
   step of the whole model holds several."""
   config = config_of(data, base)
-  text = dataclasses.replace(config.model.text, layers=3, embed=256, ffn=256, experts=16, indexer=IndexerConfig())
-  model = dataclasses.replace(config.model, text=text, remat='block', attention='dense')
+  text = dataclasses.replace(config.model.text, layers=3, embed=256, ffn=256, experts=16, experts_per_token=2)
+  model = dataclasses.replace(config.model, text=text, remat='block')
   layer = 3 * 256 * 256 * 16 * 4
 
   def temporaries(config):
@@ -137,8 +134,10 @@ def test_export_is_the_merged_model_or_the_adapters(finished, base, tmp_path):
   found = writer.flatten(reader.load_folder(str(tmp_path / 'hf')).params)
   for path, value in writer.flatten(api.load_pretrained(finished[0])[1]).items():
     np.testing.assert_array_equal(found[path], value, err_msg=path)
-  with pytest.raises(InputError, match="no place for adapters of experts in format 'keye'"):
-    command(export, '--model', str(finished[0]), '--out', str(tmp_path / 'x'), '--adapter')
+  assert command(export, '--model', str(finished[0]), '--out', str(tmp_path / 'peft'), '--adapter') == 0
+  assert sorted(os.listdir(tmp_path / 'peft')) == ['adapter_config.json', 'adapter_model.safetensors']
+  said = json.loads((tmp_path / 'peft' / 'adapter_config.json').read_text())
+  assert (said['r'], said['lora_alpha'], said['base_model_name_or_path']) == (2, 4.0, str(base))
   with pytest.raises(InputError, match='was trained without adapters; leave out --adapter'):
     command(export, '--model', str(base), '--out', str(tmp_path / 'x'), '--adapter')
 
@@ -182,13 +181,14 @@ def test_another_base_is_refused_and_a_moved_one_is_found(finished, base, data, 
   assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), *(api.load_pretrained(run)[1]
                                                                         for run in (out, finished[0]))))
   assert loop.train(config_of(data, moved, steps=13), out).step == 13
-  loop.train(with_experts(tiny_run.with_indexer(tiny_run.config(data, steps=14))), moved)
+  loop.train(tiny_run.config(data, steps=14), moved)
   for said in (refused(api.load_pretrained, out), refused(loop.train, config_of(data, moved, steps=14), out)):
     assert 'its adapters belong to another base' in said and str(moved) in said
-  record = out / 'checkpoints' / '13'
   shutil.rmtree(moved)
+  change(moved)
   assert f'the base of its adapters is not at {moved}; bring it back' in refused(api.load_pretrained, out)
-  assert record.is_dir()
+  change(base)
+  assert jax.tree.structure(api.load_pretrained(out)[1]) == jax.tree.structure(api.load_pretrained(base)[1])
 
 
 def test_what_cannot_be_adapted_gives_one_line(base, data, tmp_path):
@@ -197,10 +197,8 @@ def test_what_cannot_be_adapted_gives_one_line(base, data, tmp_path):
   assert "lora.targets: 'embed' matches no weight" in refused(loop.train, config_of(data, base, ('embed',)),
                                                              tmp_path / 'b')
   assert 'no model is there' in refused(loop.train, config_of(data, tmp_path / 'absent'), tmp_path / 'c')
-  plain = tmp_path / 'plain'
-  loop.train(with_experts(tiny_run.config(data, steps=3)), plain)
   assert 'has no indexer, and beside adapters a new one would stay random' in refused(
-      loop.train, config_of(data, plain), tmp_path / 'd')
+      loop.train, tiny_run.with_indexer(config_of(data, base)), tmp_path / 'd')
 
 
 @pytest.mark.slow
