@@ -34,7 +34,7 @@ def params():
 
 def pack(*rows: list[dict]):
   """Rows of samples in a batch of eight."""
-  return batches.pack([*rows, *[[]] * (8 - len(rows))], 32, 3, 8)
+  return batches.pack([*rows, *[[]] * (8 - len(rows))], 32, 4, 8)
 
 
 @functools.partial(jax.jit, static_argnums=0)
