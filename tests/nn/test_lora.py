@@ -67,7 +67,7 @@ def test_new_adapters_change_nothing_and_random_ones_are_the_merged_weights(para
 
 def test_gradients_are_those_through_the_merged_weights(params):
   """Of every pair, by the chain rule of W + alpha / rank A B, with blocks computed again and without."""
-  config, batch = with_mode('sparse'), batches.mixed(B=8)
+  config, batch = with_mode('dense'), batches.mixed(B=8)
   own = pairs(config, params)
   applied = lambda config: jax.jit(jax.grad(lambda own: loss(config, adapted(config, params, own), batch)))(own)
   through_sum = jax.jit(jax.grad(lambda own: loss(config, lora.merged(ALL, config, state_lib.merge(params, own)),
@@ -76,8 +76,8 @@ def test_gradients_are_those_through_the_merged_weights(params):
   jax.tree.map(assert_close, applied(dataclasses.replace(config, remat='block')), through_sum)
 
 
-@pytest.mark.parametrize('mode, transport', [('sparse', 'ring'),
-                                             pytest.param('dense', 'padded', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('mode, transport', [('sparse', 'ring'), ('dense', 'padded')])
 def test_on_a_mesh_of_eight(params, mode, transport):
   """Pairs lie as their weights do, and loss and gradients are those of one device; so is what merging gives."""
   config, batch = with_mode(mode), batches.mixed(B=8)
