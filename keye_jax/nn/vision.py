@@ -106,7 +106,7 @@ class Vision(nn.Module):
       params = self.param('layers', init_layers)
     else:
       params = self.get_variable('params', 'layers')
-    x_BRNW, _ = jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if c.remat == 'block' else step, x_BRNW, params)
+    x_BRNW, _ = jax.lax.scan(layers.remat(c.remat, step), x_BRNW, params)
     return layers.layer_norm(x_BRNW, sharding.param(self, 'post_norm_scale', nn.initializers.ones, (W,), (None,), c),
                              sharding.param(self, 'post_norm_bias', nn.initializers.zeros, (W,), (None,), c),
                              v.norm_eps)
