@@ -29,7 +29,8 @@ def active(config: ModelConfig) -> dict[str, int]:
   mlp = 3 * t.embed * t.ffn * (t.experts_per_token if t.experts else 1) + t.embed * t.experts
   i = t.indexer
   indexer = t.embed * (i.heads * i.head_dim + i.heads + i.head_dim) if i.heads else 0
-  return dict(layers=t.layers * (attention + mlp), head=t.embed * t.vocab, indexers=t.layers * indexer)
+  head = 0 if config.contrast else t.embed * t.vocab         # two towers compare one embedding of a sample
+  return dict(layers=t.layers * (attention + mlp), head=head, indexers=t.layers * indexer)
 
 
 def flops_per_token(config: ModelConfig, length: int) -> dict[str, float]:
@@ -55,10 +56,9 @@ def flops_per_token(config: ModelConfig, length: int) -> dict[str, float]:
     block = 4 * v.embed ** 2 + 2 * v.embed * v.ffn
     flops['vision'] = patches * (2.0 * v.layers * block + 4.0 * v.layers * v.embed * frame
                                  + 2.0 * v.patch_dim * v.embed)
-    merged = patches * v.embed
-    flops['projector'] = 2.0 * (merged * merged + merged * t.embed)
-  if config.contrast:           # comparing two embeddings of a sample is nothing beside its tokens
-    del flops['head'], flops['projector']
+    if not config.contrast:
+      merged = patches * v.embed
+      flops['projector'] = 2.0 * (merged * merged + merged * t.embed)
   return flops
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from keye_jax import feed
 from keye_jax.config import IndexerConfig
-from keye_jax.nn import contrast, keye
+from keye_jax.nn import contrast, counts, keye
 from keye_jax.nn.vision import Vision
 from keye_jax.objectives.siglip import siglip
 from keye_jax.steps import state as state_lib
@@ -112,3 +112,13 @@ def test_a_step_on_a_mesh_is_the_step_of_one_device(params, shape):
       assert_close(a - at, b - at, what=str(path))
   for name, (total, weight) in metrics.items():
     assert_close(metrics8[name][0] / metrics8[name][1], total / weight, what=name)
+
+
+def test_a_model_of_two_towers_is_counted_without_projector_and_head():
+  found = counts.describe(CONFIG, 32)
+  assert found['parameters_by_part'].keys() == {'language', 'indexers', 'vision', 'projector', 'text tower'}
+  assert [found['parameters_by_part'][part] for part in ('language', 'indexers', 'projector')] == [0, 0, 0]
+  tree = contrast.param_shapes(CONFIG)
+  assert found['parameters_by_part']['vision'] == sum(x.size for x in jax.tree.leaves(tree['vision']))
+  assert found['parameters'] == sum(x.size for x in jax.tree.leaves(tree))
+  assert not found['flops_per_token']['head'] and 'projector' not in found['flops_per_token']
