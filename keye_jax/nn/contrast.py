@@ -66,7 +66,9 @@ class Contrast(nn.Module):
     sample_BT = batch.segment_BT >> BRANCH_BITS
     features_BRNW = Vision(c, name='vision')(keye.pixels(c, batch.patch_BRNC), batch.coord_BRN4, batch.frame_BRN)
     merge = lambda x: x.reshape(x.shape[0], -1, v.merge ** 2, v.embed).mean(2)
-    seen_BMW = sharding.local(merge, c.layout, (('batch', None, None, None),), ('batch', None, None))(features_BRNW)
+    rows = 'batch', 'frames', None
+    seen_BMW = sharding.constrain(sharding.local(merge, c.layout, ((*rows, None),), rows)(features_BRNW), c.layout,
+                                  'batch', None, None)
     seen_BT = batch.vision_BT >= 0
     image_BSW, patches_BS = pool(c, self.samples, keye.place(c, seen_BMW, batch.vision_BT),
                                  jnp.where(seen_BT, sample_BT, 0))

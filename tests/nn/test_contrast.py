@@ -99,7 +99,7 @@ def step(params, batch):
 @pytest.mark.parametrize('shape', [(2, 1, 1), (4, 1, 1), (2, 2, 2)])
 def test_a_step_on_a_mesh_is_the_step_of_one_device(params, shape):
   start = jax.tree.map(np.asarray, params)
-  batch = jax.tree.map(np.asarray, captioned(batches.pack([samples()[:1 + b % 3] for b in range(8)], 32, 3, 8)))
+  batch = jax.tree.map(np.asarray, captioned(batches.pack([samples()[:1 + b % 3] for b in range(8)], 32, 4, 8)))
   trained, metrics = step(jax.tree.map(jnp.asarray, start), batch)
   with mesh(*shape):
     placed = jax.tree.map(lambda a, s: jax.device_put(a, s.sharding.spec), start, contrast.param_shapes(CONFIG))
