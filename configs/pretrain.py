@@ -1,5 +1,6 @@
 """The pre-training stages of Keye-VL-2.0 (arXiv 2606.10651): `configs/pretrain.py:30b,stage=1`, `:tiny,stage=1`.
 
+    vit         the vision tower and a text tower learn which caption belongs to which picture (keye_jax/nn/contrast.py)
     text        language model on text; tiny only, the published model begins with Qwen3-30B-A3B
     0           the projector alone learns to hand pictures to the language model
     1, 2        everything learns, in rows of 32K and 64K tokens; the indexers wait
@@ -8,7 +9,8 @@
 
 A stage starts from the one before by one flag:
 
-    keye assemble --lm QWEN3_MOE --vit SIGLIP --out start         # where stage 0 of the published model begins
+    keye train --config configs/pretrain.py:30b,stage=vit --config.train.init=SIGLIP --config.data.path=DATA --out vit
+    keye assemble --lm QWEN3_MOE --vit vit --out start            # where stage 0 of the published model begins
     keye train --config configs/pretrain.py:30b,stage=0 --config.train.init=start --config.data.path=DATA --out s0
     keye train --config configs/pretrain.py:30b,stage=1 --config.train.init=s0 --config.data.path=DATA --out s1
 
@@ -33,11 +35,13 @@ from keye_jax.config import (
   to_dict,
 )
 
-STAGES = {'tiny': ('text', '0', '1', '2', '3-warmup', '3'), '30b': ('0', '1', '2', '3-warmup', '3')}
+STAGES = {'tiny': ('vit', 'text', '0', '1', '2', '3-warmup', '3'), '30b': ('vit', '0', '1', '2', '3-warmup', '3')}
 
 ONLY_PROJECTOR, ONLY_INDEXERS = ('', '!projector'), ('', '!layers/attn/indexer')
 # Dense attention does not read the indexers: without gradients weight decay would still wear them down.
 INDEXERS_WAIT = ('layers/attn/indexer',)
+# The text stage has no pictures: the vision tower only goes along, to the stage after it.
+TOWER_WAITS = ('vision', 'projector', *INDEXERS_WAIT)
 
 
 def sources(**weights: float) -> tuple[SourceConfig, ...]:
@@ -84,6 +88,21 @@ def full(stage: str) -> RunConfig:
   # A row at a time.
   long = dict(model=dict(layout='train_long'), mesh=dict(data=1, context=32, expert=8))
   match stage:
+    case 'vit':
+      # Paper: SigLIP's loss against its text tower, native resolution, 500 B tokens, packed. SigLIP's own text tower is
+      # of another kind; this one is a decoder of its size (27 layers, 1152 wide), new, with Keye's vocabulary.
+      tower = TextConfig(layers=27, embed=1152, heads=16, kv_heads=16, head_dim=72, vocab=151936, ffn=4304,
+                         max_position=4096)
+      return run(
+          base, 'dense', model=dict(text=tower, contrast=True),
+          # arXiv 2303.15343: b2 = 0.95, and no weight decay on a tower that is trained already. The rate is ours, a
+          # tenth of its 1e-3 from scratch.
+          optimizer=dict(learning_rate=1e-4, warmup_steps=2000, weight_decay=0.0),
+          data=dict(sources=sources(captions=1.0),            # DataComp, LAION, CC12M, PD12M, COCO (paper) in one file
+                    # Ours: pictures of 900 x 900 pixels and 32 pairs a row at most. A row of tokens can be all vision.
+                    tokens=4096, vision_rows=1, vision_patches=16384, image_tokens_max=1024, samples=32),
+          # Up to 32K pairs a step, beyond which SigLIP found nothing to gain.
+          batch=1024, steps=119209)                                                    # x 4K = 500 B tokens
     case '0':
       return run(
           base, 'dense', freeze=ONLY_PROJECTOR,
@@ -145,8 +164,12 @@ def tiny(stage: str) -> RunConfig:
   clips, mixed = dict(images=0.5, train=0.5), dict(tokens=512, vision_rows=32)
   tried = dict(heldout='heldout.jsonl', eval_every=50)
   match stage:
+    case 'vit':
+      tower = TextConfig(layers=1, embed=32, heads=2, kv_heads=2, head_dim=16, vocab=1024, ffn=64, max_position=4096)
+      return run(base, 'dense', model=dict(text=tower, contrast=True),
+                 data=dict(sources=sources(images=1.0), samples=12), heldout='heldout_images.jsonl', eval_every=50)
     case 'text':
-      return run(base, 'dense', freeze=INDEXERS_WAIT, model=dict(vision=VisionConfig()),
+      return run(base, 'dense', freeze=TOWER_WAITS,
                  data=dict(sources=sources(text=1.0), vision_rows=0, vision_patches=0))
     case '0':
       return run(base, 'dense', freeze=ONLY_PROJECTOR, data=dict(sources=sources(images=1.0), tokens=128))

@@ -24,19 +24,20 @@ class Shape(NamedTuple):
   vision_patches: int       # N
   merge: int = 2
   values: int = PATCH_VALUES  # C
+  samples: int = 0          # at most; 0: as many as fit
 
 
 class Bin:
   """One row being filled: which samples (by index), and where the frames of each lie."""
 
   def __init__(self, shape: Shape):
-    self.tokens = shape.tokens                                   # free
+    self.tokens, self.most = shape.tokens, shape.samples         # free; most samples
     self.rows = [shape.vision_patches] * shape.vision_rows       # free patches of each vision row
     self.items: list[tuple[int, list]] = []                      # (sample, runs); see `place`
 
   def add(self, item: int, tokens: int, frames: list[tuple[int, int]]) -> bool:
     """Adds a sample if it fits; `frames` from `frame_runs`."""
-    if tokens > self.tokens:
+    if tokens > self.tokens or (self.most and len(self.items) == self.most):
       return False
     placed = place(frames, self.rows)
     if placed is None:

@@ -98,7 +98,7 @@ def row_shape(data, patch: int = 14, merge: int = 2) -> packing.Shape:
   """The static shape that a DataConfig asks for. Raises InputError when a vision row cannot be cut into tokens."""
   if data.vision_patches % merge**2:
     raise InputError(f'data.vision_patches={data.vision_patches} is not a multiple of {merge**2} (patches a token)')
-  return packing.Shape(data.tokens, data.vision_rows, data.vision_patches, merge, 3 * patch * patch)
+  return packing.Shape(data.tokens, data.vision_rows, data.vision_patches, merge, 3 * patch * patch, data.samples)
 
 
 def open_tokenizer(data) -> tokenizer.Tokenizer:

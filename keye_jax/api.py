@@ -24,6 +24,7 @@ from keye_jax import adapters, checkpoint, run_folder, sharding
 from keye_jax.config import DataConfig, ModelConfig
 from keye_jax.hf import gguf, reader, writer
 from keye_jax.nn import head, keye
+from keye_jax.nn.model import param_shapes
 from keye_jax.rollout import sampler
 
 Dtype = Literal['float32', 'bfloat16']
@@ -55,6 +56,9 @@ def load_pretrained(folder: str | os.PathLike, dtype: Dtype | None = None,
   adapt = functools.partial(_adapted, dtype=dtype, attention=attention)
   if checkpoint.is_run(folder):
     run = run_folder.read_config(folder)
+    if run.model.contrast:
+      raise InputError(f'{folder}: holds a vision tower and its text tower, which answer nothing; start a stage '
+                       f'from it: --config.train.init={folder}')
     config = adapt(run.model)
     if run.lora.targets:
       params = adapters.load(folder, run, config, lambda base: load_pretrained(base, dtype)[1])
@@ -156,7 +160,7 @@ def placed(config: ModelConfig) -> reader.Place:
   """Where the reader puts parameters: on the device, or sharded over the mesh, each device reading its own block."""
   if not sharding.has_mesh():
     return lambda path, shape, dtype, fetch: jax.device_put(fetch((slice(None),) * len(shape)))
-  specs = {path: leaf.sharding.spec for path, leaf in writer.flatten(keye.param_shapes(config)).items()}
+  specs = {path: leaf.sharding.spec for path, leaf in writer.flatten(param_shapes(config)).items()}
 
   def place(path, shape, dtype, fetch):
     return jax.make_array_from_callback(shape, jax.NamedSharding(jax.sharding.get_mesh(), specs[path]), fetch)

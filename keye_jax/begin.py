@@ -1,6 +1,7 @@
 """What a run is made of before its first step: its programs and its state, random or from a folder."""
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,10 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from data_pipelines.errors import InputError
-from keye_jax import api, run_folder
-from keye_jax.config import ModelConfig, RunConfig
-from keye_jax.nn import counts, keye, lora
+from keye_jax import api, checkpoint, run_folder
+from keye_jax.config import ModelConfig, RunConfig, TextConfig
+from keye_jax.hf import siglip
+from keye_jax.nn import contrast, counts, keye, lora
+from keye_jax.nn.model import init_params, param_shapes
 from keye_jax.objectives.sft import sft
+from keye_jax.objectives.siglip import siglip as siglip_loss
 from keye_jax.steps import state as state_lib
 from keye_jax.steps.optimizer import make_optimizer, rates
 from keye_jax.steps.state import State
@@ -19,7 +23,7 @@ from keye_jax.steps.update import make_measure, make_update
 
 # Parts of the config that say nothing about the weights, so a folder to start from may differ in them.
 _NOT_WEIGHTS = ('text.max_position', 'text.dense_ffn', 'attention', 'dtype', 'param_dtype', 'remat',
-                'experts_transport', 'experts_capacity', 'layout', 'text.indexer.topk')
+                'experts_transport', 'experts_capacity', 'layout', 'contrast', 'text.indexer.topk')
 
 
 class Programs(NamedTuple):
@@ -34,9 +38,10 @@ class Programs(NamedTuple):
 def programs(config: RunConfig) -> Programs:
   model, train = config.model, config.train
   tx = make_optimizer(config.optimizer)
-  objective = sft(model.layout, train.balance_weight, train.indexer_weight)
-  apply = functools.partial(keye.apply, model)
-  if config.lora.targets:
+  if model.contrast:
+    objective, apply = siglip_loss(model.layout), functools.partial(contrast.apply, model, config.data.samples)
+  else:
+    objective = sft(model.layout, train.balance_weight, train.indexer_weight)
     apply = lambda params, batch: keye.apply(model, lora.scaled(config.lora, params), batch)
   update = make_update(apply, objective, tx, train.accumulate)
 
@@ -47,7 +52,7 @@ def programs(config: RunConfig) -> Programs:
 
   def fresh(key):
     init_key, key = jax.random.split(key)
-    return around(keye.init(model, init_key), key)
+    return around(init_params(model, init_key), key)
 
   return Programs(jax.jit(fresh), jax.jit(around, donate_argnums=0), update, rates(config.optimizer, train.steps),
                   make_measure(apply, objective))
@@ -68,17 +73,18 @@ def initial_params(model: ModelConfig, folder: str, key: jax.Array, say: Callabl
                    whole: bool = False) -> Any:
   """Parameters of a run folder, a Hugging Face folder or a GGUF file, for `model`.
 
-  A part that the folder lacks (the indexers, or the vision encoder with its projector) is made new, and one that the
-  model lacks is left out; both are said. whole: nothing may be lacking, as a part that is new and frozen is of no use.
-  Raises InputError naming the first difference when anything else does not fit.
+  Also of a SigLIP folder. A part that the folder lacks (see PARTS) is made new, and one that the model lacks is left
+  out; both are said. whole: nothing may be lacking, as a part that is new and frozen is of no use. Raises InputError
+  naming the first difference when anything else does not fit.
   """
-  found, params = api.load_pretrained(folder, dtype=model.param_dtype)
-  if differ := architecture_differences(found.config, model):
+  found, params = read(folder, model)
+  if differ := architecture_differences(found, model):
     name, (theirs, ours) = next(iter(differ.items()))
     raise InputError(f'train.init: {folder} has model.{name} = {theirs!r}, this run {ours!r}'
                      + (f' (and {len(differ) - 1} more keys differ)' if len(differ) > 1 else ''))
+  lacking = []
   for part in PARTS:
-    theirs, ours = part.there(found.config), part.there(model)
+    theirs, ours = part.there(found), part.there(model)
     if theirs and not ours:
       say(f'{folder}: its {part.name} is left out, this model has none')
       params = state_lib.pick(params, lambda path: not part.holds(path))
@@ -87,8 +93,24 @@ def initial_params(model: ModelConfig, folder: str, key: jax.Array, say: Callabl
                        'train it first')
     if ours and not theirs:
       say(f'{folder}: has no {part.name}; a new one is initialised')
-      params = state_lib.merge(params, new_params(model, key, part.holds, params['layers']['attn_norm']))
-  return params
+      lacking.append(part)
+  if not lacking:
+    return params
+  norm_LD = params['layers']['attn_norm'] if 'layers' in params else None
+  keep = lambda path: any(part.holds(path) for part in lacking)
+  return state_lib.merge(params, new_params(model, key, keep, norm_LD))
+
+
+def read(folder: str, model: ModelConfig) -> tuple[ModelConfig, Any]:
+  """(what a folder holds, its parameters in the dtype and on the mesh of `model`)."""
+  if checkpoint.is_run(folder) and (towers := run_folder.read_config(folder).model).contrast:
+    towers = dataclasses.replace(towers, param_dtype=model.param_dtype, layout=model.layout)
+    return towers, checkpoint.load_params(folder, param_shapes(towers), warnings.warn).params
+  if siglip.is_folder(folder):
+    vision, tower = siglip.load_tower(folder, model.param_dtype, api.placed(model))
+    return ModelConfig(TextConfig(layers=0), vision, contrast=True), {'vision': tower}
+  found, params = api.load_pretrained(folder, dtype=model.param_dtype)
+  return found.config, params
 
 
 class Part(NamedTuple):
@@ -99,14 +121,21 @@ class Part(NamedTuple):
 
 
 PARTS = (Part('indexer', lambda model: model.text.indexer.heads, lambda path: 'indexer' in path),
-         Part('vision encoder', lambda model: model.vision.layers, lambda path: path[0] in ('vision', 'projector')))
+         Part('language model', lambda model: not model.contrast,
+              lambda path: path[0] in ('embed', 'layers', 'norm', 'head') and 'indexer' not in path),
+         Part('vision encoder', lambda model: model.vision.layers, lambda path: path[0] == 'vision'),
+         Part('projector', lambda model: model.vision.layers and not model.contrast,
+              lambda path: path[0] == 'projector'),
+         Part('text tower', lambda model: model.contrast and model.text.layers,
+              lambda path: path[0] in ('text', 'log_scale', 'bias')))
 
 
-def new_params(model: ModelConfig, key: jax.Array, keep: Callable[[tuple[str, ...]], bool], attn_norm_LD: jax.Array
-               ) -> dict[str, Any]:
-  """Random parameters of the paths that satisfy `keep`, for a model whose others exist already."""
-  return jax.jit(lambda key, norm_LD: even_gates(state_lib.pick(keye.init(model, key), keep), norm_LD))(
-      key, attn_norm_LD)
+def new_params(model: ModelConfig, key: jax.Array, keep: Callable[[tuple[str, ...]], bool],
+               attn_norm_LD: jax.Array | None) -> dict[str, Any]:
+  """Random parameters of the paths that satisfy `keep`, for a model whose others exist already. attn_norm_LD: None
+  when the layers are among the new ones."""
+  new = jax.jit(lambda key: state_lib.pick(init_params(model, key), keep))(key)
+  return new if attn_norm_LD is None else jax.jit(even_gates)(new, attn_norm_LD)
 
 
 def even_gates(new: Any, norm_LD: jax.Array) -> Any:
@@ -122,9 +151,11 @@ def even_gates(new: Any, norm_LD: jax.Array) -> Any:
 
 def architecture_differences(theirs: ModelConfig, ours: ModelConfig) -> dict[str, tuple[Any, Any]]:
   """{'text.layers': (theirs, ours)} for what decides shapes or what the weights mean. Indexer and vision may be absent
-  on one side."""
+  on one side, and a text tower is no language model."""
   if not (theirs.text.indexer.heads and ours.text.indexer.heads):
     theirs = dataclasses.replace(theirs, text=dataclasses.replace(theirs.text, indexer=ours.text.indexer))
+  if theirs.contrast != ours.contrast or not theirs.text.layers:
+    theirs = dataclasses.replace(theirs, text=ours.text)
   if not (theirs.vision.layers and ours.vision.layers):
     theirs = dataclasses.replace(theirs, vision=ours.vision)
   return {k: v for k, v in run_folder.differences(theirs, ours).items() if k not in _NOT_WEIGHTS}

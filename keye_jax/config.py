@@ -83,6 +83,7 @@ class ModelConfig:
   experts_transport: Literal['local', 'ring', 'padded', 'ragged'] = 'local'       # keye_jax/nn/transport.py
   experts_capacity: float = 2.0   # of 'padded' and 'ragged': room for picks, over their mean
   layout: Literal['train', 'train_long', 'decode'] = 'train'  # which table of keye_jax/sharding.py the program uses
+  contrast: bool = False          # no language model: the vision tower learns beside `text`, its text tower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +134,7 @@ class DataConfig:
   image_tokens_min: int = 4
   image_tokens_max: int = 20480
   pack: bool = True               # several samples in a row, mutually invisible
+  samples: int = 0                # in a row at most; 0: as many as fit
   grey: bool = False              # blind baseline: every frame is replaced by mid grey
   timestamps: Literal['pts', 'index'] = 'pts'     # time of a frame: the container's, or index / fps as released code
   adaptive: Literal['off', 'paper', 'code'] = 'off'     # shorter clips get a share of video_tokens: video.ADAPTIVE
@@ -188,6 +190,7 @@ class RunConfig:
 def check(config: RunConfig) -> RunConfig:
   """`config` itself. Raises InputError naming the keys that contradict each other; types are `freeze`'s business."""
   text, vision, train, lora = config.model.text, config.model.vision, config.train, config.lora
+  contrast = config.model.contrast
   faults = [
       (config.model.attention != 'dense' and not text.indexer.heads,
        f'model.attention = {config.model.attention!r} needs an indexer; set model.text.indexer.heads'),
@@ -197,6 +200,13 @@ def check(config: RunConfig) -> RunConfig:
        f'model.text.experts_per_token = {text.experts_per_token} must be 1 to experts = {text.experts}'),
       (text.mrope_section and 2 * sum(text.mrope_section) != text.head_dim,
        f'model.text.mrope_section = {text.mrope_section} must sum to half of head_dim = {text.head_dim}'),
+      (contrast and (text.experts or text.indexer.heads or not vision.layers),
+       'model.contrast needs a vision tower, and a text tower without experts and indexer'),
+      (contrast and lora.targets, 'lora.targets: adapters are for the language model; model.contrast trains none'),
+      (contrast and not config.data.samples,
+       'model.contrast needs data.samples, the most pictures with their captions in a row'),
+      (contrast and train.accumulate > 1, f'train.accumulate = {train.accumulate}: micro-batches would not see each '
+       "other's captions; model.contrast needs 1"),
       (vision.layers and (vision.heads < 1 or vision.embed % vision.heads),
        f'model.vision.embed = {vision.embed} is no multiple of heads = {vision.heads}'),
       (train.accumulate > 0 and train.batch % train.accumulate,

@@ -16,11 +16,11 @@ def mfu(config: RunConfig, tokens_per_s: float) -> dict[str, float]:
   """{'mfu': model FLOPs a second over the peak of all devices of the mesh}; {} where that is not known.
 
   The language model alone, three times its forward pass, attention as if each row were one sample: pictures are left
-  out, packed rows are counted too high. Not known on a CPU, on a device without an entry above, and when a part is
-  frozen, which costs less.
+  out, packed rows are counted too high. Not known on a CPU, on a device without an entry above, when a part is frozen,
+  which costs less, and where the vision tower is what learns.
   """
   peak = chips.peak(jax.devices()[0].device_kind)
-  if peak is None or config.train.freeze:
+  if peak is None or config.train.freeze or config.model.contrast:
     return {}
   flops = counts.flops_per_token(config.model, config.data.tokens)
   each = 3 * sum(v for name, v in flops.items() if name not in ('vision', 'projector'))

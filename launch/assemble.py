@@ -1,4 +1,4 @@
-"""`keye assemble`: a Qwen3 language model and a SigLIP vision tower as the Keye that pre-training begins with.
+"""`keye assemble`: a Qwen3 language model and a vision tower as the Keye that pre-training begins with.
 
 The language model and the tower are copied as they are, tensor by tensor; projector and indexers are random, and the
 vocabulary grows when the tokenizer lacks special tokens of Keye and the embedding has no rows to spare. What is new is
@@ -9,7 +9,8 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,16 +18,18 @@ import numpy as np
 
 from data_pipelines import tokenizer
 from data_pipelines.errors import InputError
-from keye_jax import begin
+from keye_jax import begin, checkpoint, run_folder
 from keye_jax.config import DataConfig, IndexerConfig, ModelConfig, TextConfig, VisionConfig
 from keye_jax.hf import names, reader, siglip, writer
 from keye_jax.hf.card import Card
+from keye_jax.nn import contrast
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   published = IndexerConfig()
   parser.add_argument('--lm', required=True, help='Hugging Face folder of a Qwen3-MoE or Qwen3')
-  parser.add_argument('--vit', required=True, help='Hugging Face folder of a SigLIP, such as siglip-so400m-patch14-384')
+  parser.add_argument('--vit', required=True, help='folder of a SigLIP, such as siglip-so400m-patch14-384, '
+                      'or the run folder of the stage vit')
   parser.add_argument('--out', required=True, help='folder to write; must not exist')
   parser.add_argument('--indexer-heads', type=int, default=16)
   parser.add_argument('--indexer-dim', type=int, default=published.head_dim, help='width of one indexer head')
@@ -45,7 +48,7 @@ class Halves(NamedTuple):
   rows: int                            # of the language model's embedding
   known: int                           # ids that its tokenizer uses
   params: dict[str, Any]               # path -> reader.Unread
-  left: list[str]                      # names of SigLIP's tensors that Keye has no place for
+  left: list[str]                      # what the vision folder holds and Keye has no place for
 
 
 def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
@@ -73,15 +76,29 @@ def open_halves(lm: str, vit: str, indexer: IndexerConfig) -> Halves:
   source = reader.open_folder(lm)
   lm_table = names.table(model, fmt, names.expert_layout(model, fmt, source.shapes))
   reader.check(lm_table, source)
-  vision, tower, left = siglip.open_tower(vit)
+  vision, tower, left = open_tower(vit)
   old = tokenizer.load(lm)
   words, specials = tokenizer.with_specials(old)
   whole = together(model.text, vision, indexer, words.size)
-  vit_table = siglip.table(whole)
-  reader.check(vit_table, tower)
-  params = (writer.flatten(reader.build(lm_table, source, place=reader.leave))
-            | writer.flatten(reader.build(vit_table, tower, place=reader.leave)))
+  params = writer.flatten(reader.build(lm_table, source, place=reader.leave)) | tower(whole)
   return Halves(whole, words, specials, model.text.vocab, old.size, params, left)
+
+
+def open_tower(folder: str) -> tuple[VisionConfig, Callable[[ModelConfig], dict[str, Any]], list[str]]:
+  """(config, whole model -> path of a parameter of the tower -> its values, what is left out)."""
+  if checkpoint.is_run(folder):
+    if not (towers := run_folder.read_config(folder).model).contrast:
+      raise InputError(f'{folder}: holds a language model; --vit takes the run of the stage vit, or a SigLIP')
+    stored = writer.flatten(checkpoint.load_params(folder, contrast.param_shapes(towers), warnings.warn).params)
+    ours = {path: np.asarray(x) for path, x in stored.items() if path.startswith('vision/')}
+    return towers.vision, lambda whole: ours, sorted(stored.keys() - ours)
+  vision, source, left = siglip.open_tower(folder)
+
+  def read(whole: ModelConfig) -> dict[str, Any]:
+    table = siglip.table(whole)
+    reader.check(table, source)
+    return writer.flatten(reader.build(table, source, place=reader.leave))
+  return vision, read, left
 
 
 def together(text: TextConfig, vision: VisionConfig, indexer: IndexerConfig, tokens: int) -> ModelConfig:

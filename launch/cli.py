@@ -20,6 +20,7 @@ COMMANDS = {
     'plan': ('launch.plan', 'what a run needs of TPUs that are not here, compiled ahead of time'),
     'data': ('launch.data', 'make or check a dataset'),
     'train': ('launch.train', 'train or fine-tune a model; run again to go on'),
+    'ladder': ('launch.ladder', 'every stage of training, small, each scored on held-out clips'),
     'retrofit': ('launch.retrofit', 'give a trained dense model sparse attention and measure what it costs'),
     'evaluate': ('launch.evaluate', 'score a model on a question file beside trivial baselines'),
     'generate': ('launch.generate', 'answer a prompt about images and videos'),

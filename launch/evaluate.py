@@ -1,6 +1,7 @@
 """`keye evaluate`: a model's answers to the questions of a file, scored beside trivial baselines.
 
-Greedy decoding, the questions of a clip sharing one reading of it. Rows as in data_pipelines/sources.py; besides, a row
+Greedy decoding, the questions of a clip sharing one reading of it. Of a run of the stage vit: how often the pictures of
+the file find their captions. Rows as in data_pipelines/sources.py; besides, a row
 may carry "type" (what to score together), "interval" and "others" (seconds of the asked event and of the clip's other
 events; scored by temporal IoU), "seconds" (duration) and "clip".
 """
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from data_pipelines import sources
 from data_pipelines.errors import InputError
 from data_pipelines.pipeline import open_tokenizer
-from keye_jax import api
+from keye_jax import api, retrieval
 from keye_jax.config import DataConfig, ModelConfig
 from keye_jax.evals import baselines, questions, scores, uncertainty
 from keye_jax.evals.scores import Question, Score
@@ -45,6 +46,12 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   if config_args:
     raise InputError(f'keye evaluate takes no {config_args[0]}; what a model looks like is in its folder')
   runtime.start()
+  if retrieval.has_towers(args.model):
+    found = retrieval.scores(args.model, args.data)
+    arms = {name: {'retrieval': score} for name, score in zip((args.model, 'any caption', 'most frequent caption'),
+                                                              found.values())}
+    print(json.dumps(as_json(arms)) if args.json else table(arms))
+    return 0
   model, params = api.load_pretrained(args.model, attention=args.attention)
   config, data = model.config, dataclasses.replace(model.data, path=args.data)
   found = answer(config, params, data, args.batch, args.tokens)

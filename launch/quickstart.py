@@ -7,21 +7,18 @@ reads that back, and writes a report.
 import argparse
 import dataclasses
 import pathlib
-import resource
 import shutil
 import sys
-import time
 from collections.abc import Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from configs import quickstart as recipe
-from data_pipelines import frameforge, sources, tokenizer
+from data_pipelines import sources
 from data_pipelines.errors import InputError
-from keye_jax import api, loop
+from keye_jax import api
 from keye_jax.config import RunConfig
 from keye_jax.evals import questions, scores
 from keye_jax.hf import writer
@@ -29,32 +26,10 @@ from keye_jax.nn import keye
 from launch import evaluate, quickstart_report, results, runtime
 from launch.evaluate import Answered
 from launch.report import Check
+from launch.stages import Clock, Stopped, build, peak_gib, train
 
 MAIN = 'sparse'
 BLIND, UNTRAINED, UNTRAINED_INDEXER = 'blind (grey frames)', 'untrained', 'sparse, untrained indexer'
-
-
-class Stopped(Exception):
-  """A signal ended a stage."""
-
-
-class Clock:
-  """Headlines and times of the stages."""
-
-  def __init__(self):
-    self.spent: list[tuple[str, float]] = []
-
-  @contextmanager
-  def stage(self, name: str):
-    print(f'\n== {name}', flush=True)
-    started = time.monotonic()
-    yield
-    self.spent.append((name, time.monotonic() - started))
-    print(f'   {self.spent[-1][1]:.1f} s, {peak_gib():.1f} GiB at most so far', flush=True)
-
-  @property
-  def total(self) -> float:
-    return sum(seconds for _, seconds in self.spent)
 
 
 class Evaluated(NamedTuple):
@@ -95,7 +70,8 @@ def main(out: pathlib.Path, stages: dict[str, RunConfig], clips: dict[str, int],
   results.commit()       # now, while the process is small: the peak of a child counts what its parent held at its start
   clock, data = Clock(), out / 'data'
   with clock.stage('Build clips with exact answers from real digits, photographs and videos'):
-    build(data, clips, mixed, vocab)
+    build(data, clips, vocab)
+    mix(data, mixed)
   for name, config in stages.items():
     with clock.stage(f'Train: {name} ({config.train.steps} steps)'):
       train(config, out / name)
@@ -125,22 +101,10 @@ def clear(out: pathlib.Path) -> None:
   out.mkdir(parents=True)
 
 
-def build(data: pathlib.Path, clips: dict[str, int], mixed: int, vocab: int) -> None:
-  """Clips and pictures, the mixture that the video stages learn from, and a tokenizer of the training text."""
-  made = frameforge.build(data, **clips)
+def mix(data: pathlib.Path, mixed: int) -> None:
+  """clips.jsonl, the rows that the video stages learn from: all clips and `mixed` pictures."""
   rows = (data / 'train.jsonl').read_text().splitlines() + (data / 'images.jsonl').read_text().splitlines()[:mixed]
   (data / 'clips.jsonl').write_text('\n'.join(rows) + '\n')
-  words = tokenizer.train_bpe(sources.texts(data / 'train.jsonl'), vocab)
-  words.save(data)
-  for split in ('train', 'heldout'):
-    asked = ', '.join(f'{n} {kind}' for kind, n in made[split]['questions'].items())
-    print(f'   {split}: {made[split]["rows"]} clips; questions: {asked}')
-
-
-def train(config: RunConfig, out: pathlib.Path) -> None:
-  result = loop.train(config, out)
-  if result.stopped_by:
-    raise Stopped(result.stopped_by)
 
 
 def evaluate_all(out: pathlib.Path, model: api.Model, params: dict[str, Any]) -> Evaluated:
@@ -241,13 +205,6 @@ def difference(evaluated: Evaluated, arm: str) -> str:
   d = evaluate.compare(evaluated.found[MAIN], evaluated.found[arm])
   return (f'sparse minus {arm}: {d.value:+.3f} points a question, 95% {d.low:+.3f} to {d.high:+.3f}, better on '
           f'{d.first_better}, worse on {d.second_better} questions, sign test over clips p = {d.p:.2g}')
-
-
-def peak_gib() -> float:
-  """Largest resident memory so far of this process and its largest child together."""
-  unit = 1 if sys.platform == 'darwin' else 1024
-  both = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-  return sum(resource.getrusage(who).ru_maxrss for who in both) * unit / 2**30
 
 
 def record(clock: Clock, evaluated: Evaluated) -> pathlib.Path:

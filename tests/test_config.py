@@ -113,6 +113,8 @@ def test_a_wrong_override_gives_one_line(override, message):
     (["data.sources=({'name': 'a', 'path': 'a', 'weight': 0.0},)"], "'a' has weight 0.0; it must be above 0"),
     (["data.sources=({'name': 'a', 'path': 'a', 'wight': 1.0},)"], "data.sources[0]: unknown key 'wight'"),
     (['train.accumulate=3'], 'train.batch = 8 rows cannot be cut into train.accumulate = 3 micro-batches'),
+    (['model.contrast=True', 'data.samples=2'],
+     'model.contrast needs a vision tower, and a text tower without experts and indexer'),
     (['train.accumulate=0'], 'train.accumulate = 0 must be at least 1'),
     (['train.heldout=x'], "train.heldout = 'x' and train.eval_every = 0 need each other"),
     (['train.patience=2'], 'train.patience = 2 needs train.heldout'),

@@ -8,11 +8,11 @@ import shlex
 
 import pytest
 
-from launch import cli, kernels_page, results, retrofit_page, scale_page
+from launch import cli, kernels_page, ladder_page, results, retrofit_page, scale_page
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = ['README.md', 'CONTRIBUTING.md', 'docs/papers.md', 'docs/kernels.md', 'docs/scale.md', 'docs/lossless.md',
-         'docs/failures.md', 'docs/data.md']
+         'docs/failures.md', 'docs/data.md', 'docs/ladder.md']
 FOLDERS = ('', 'pallas_kernels', 'data_pipelines', 'keye_jax', 'tests/data_pipelines')
 # What the documentation names without promising that it lies in the checkout.
 ELSEWHERE = re.compile(r'runs/|~/|report\.html$|dataset\.json$|(reference|xla|tpu|gpu|__init__|utils)\.py$')
@@ -70,6 +70,12 @@ def test_lossless_page_shows_what_was_recorded():
   assert shown == (retrofit_page.block(said) if said else '')
   for name, svg in (retrofit_page.plots(said['rows']) if said else {}).items():
     assert (retrofit_page.PAGE.parent / name).read_text() == svg + '\n'
+
+
+def test_ladder_page_shows_what_was_recorded():
+  shown = ladder_page.PAGE.read_text().split(ladder_page.START)[1].split(ladder_page.END)[0].strip()
+  recorded = results.FOLDER / 'ladder.json'
+  assert shown == (ladder_page.block(json.loads(recorded.read_text())) if recorded.exists() else '')
 
 
 @pytest.mark.parametrize('change, why', [

@@ -13,29 +13,32 @@ from configs import pretrain
 from data_pipelines import tokenizer
 from data_pipelines.errors import InputError
 from data_pipelines.frameforge import render
-from keye_jax import begin, checkpoint, loop, metrics, sharding
-from keye_jax.config import to_dict
+from keye_jax import api, begin, checkpoint, loop, metrics, sharding
+from keye_jax.config import VisionConfig, to_dict
 from keye_jax.hf import writer
-from keye_jax.nn import keye
+from keye_jax.nn import contrast
+from keye_jax.nn.model import init_params, param_shapes
 from keye_jax.steps import state as state_lib
 from keye_jax.steps.optimizer import rates
 from launch.run_config import load
 
 ALL = [(size, stage) for size, stages in pretrain.STAGES.items() for stage in stages]
 INDEXER = lambda path: '/indexer/' in path
+TOWER = lambda path: path.startswith(('vision/', 'projector/'))
 TRAINED = {                     # stage -> which parameters it promises to move
-    'text': lambda path: not INDEXER(path), '0': lambda path: path.startswith('projector/'),
+    'vit': lambda path: True, 'text': lambda path: not INDEXER(path) and not TOWER(path),
+    '0': lambda path: path.startswith('projector/'),
     '1': lambda path: not INDEXER(path), '2': lambda path: not INDEXER(path), '3-warmup': INDEXER,
     '3': lambda path: True}
-TOKENS = {'0': 4e9, '1': 1e12, '2': 2e12, '3-warmup': 2e9, '3': 500e9}       # arXiv 2606.10651
-LENGTH = {'0': 8192, '1': 32768, '2': 65536, '3-warmup': 262144, '3': 262144}
+TOKENS = {'vit': 500e9, '0': 4e9, '1': 1e12, '2': 2e12, '3-warmup': 2e9, '3': 500e9}       # arXiv 2606.10651
+LENGTH = {'vit': 4096, '0': 8192, '1': 32768, '2': 65536, '3-warmup': 262144, '3': 262144}
 
 
 @pytest.mark.parametrize('size, stage', ALL)
 def test_every_stage_is_a_valid_config_that_trains_what_it_says(size, stage):
   config = load(f'configs/pretrain.py:{size},stage={stage}')
   assert load(f'configs/pretrain.py:{size},stage={stage}', ['--config.train.init=x']).train.init == 'x'
-  train, frozen = state_lib.split(keye.param_shapes(config.model), config.train.freeze)
+  train, frozen = state_lib.split(param_shapes(config.model), config.train.freeze)
   assert all(map(TRAINED[stage], writer.flatten(train))) and not any(map(TRAINED[stage], writer.flatten(frozen)))
   assert config.model.attention == {'3-warmup': 'warmup', '3': 'sparse'}.get(stage, 'dense')
   rates(config.optimizer, config.train.steps)
@@ -43,7 +46,7 @@ def test_every_stage_is_a_valid_config_that_trains_what_it_says(size, stage):
   shape = dict(data=mesh.data, context=mesh.context, expert=mesh.expert)
   assert rows % math.prod(shape[axis] for axis in np.ravel(sharding.LAYOUTS[config.model.layout]['batch'])) == 0
   assert sum(s.weight for s in data.sources) == pytest.approx(1)
-  if config.model.vision.layers:
+  if data.vision_rows:
     room = data.vision_rows * data.vision_patches // 4
     assert room >= min(data.tokens, data.video_tokens) - data.frame_tokens_max
     assert data.vision_patches >= 4 * max(data.image_tokens_max, data.frame_tokens_max)
@@ -64,8 +67,17 @@ def test_the_published_stages_have_the_published_sizes(stage):
 def test_an_unknown_stage_gives_one_line_with_those_there_are(variant):
   with pytest.raises(InputError) as caught:
     load(f'configs/pretrain.py:{variant}')
-  assert str(caught.value) == (f'configs/pretrain.py: no variant {variant!r}; there are tiny,stage= text, 0, 1, 2, '
-                               '3-warmup, 3; 30b,stage= 0, 1, 2, 3-warmup, 3')
+  assert str(caught.value) == (f'configs/pretrain.py: no variant {variant!r}; there are tiny,stage= vit, text, 0, 1, '
+                               '2, 3-warmup, 3; 30b,stage= vit, 0, 1, 2, 3-warmup, 3')
+
+
+@pytest.mark.parametrize('override, message', [
+    ('data.samples=0', 'model.contrast needs data.samples, the most pictures with their captions in a row'),
+    ('train.accumulate=2', "micro-batches would not see each other's captions; model.contrast needs 1"),
+    ('model.text.experts=4', 'a text tower without experts')])
+def test_what_two_towers_need_is_said(override, message):
+  with pytest.raises(InputError, match=message):
+    load('configs/pretrain.py:tiny,stage=vit', [f'--config.{override}', '--config.model.text.experts_per_token=1'])
 
 
 # ---- really run, small -------------------------------------------------------------------------------------------
@@ -74,9 +86,12 @@ def small(stage: str, folder, init: str = '') -> pretrain.RunConfig:
   """The tiny stage, three steps of two shorter rows."""
   config = pretrain.tiny(stage)
   vision_rows = 8 if config.data.vision_rows else 0
-  topk = dataclasses.replace(config.model.text.indexer, topk=8)
+  model = config.model
+  if model.text.indexer.heads:
+    topk = dataclasses.replace(model.text.indexer, topk=8)
+    model = dataclasses.replace(model, text=dataclasses.replace(model.text, indexer=topk))
   return dataclasses.replace(
-      config, model=dataclasses.replace(config.model, text=dataclasses.replace(config.model.text, indexer=topk)),
+      config, model=model,
       optimizer=dataclasses.replace(config.optimizer, warmup_steps=1),
       data=dataclasses.replace(config.data, path=str(folder), tokens=96, vision_rows=vision_rows),
       train=dataclasses.replace(config.train, steps=3, batch=2, log_every=1, init=init, heldout='',
@@ -103,7 +118,7 @@ def folder(tmp_path_factory):
 
 
 def params_of(run, config):
-  return checkpoint.load_params(run, keye.param_shapes(config.model), print).params
+  return checkpoint.load_params(run, param_shapes(config.model), print).params
 
 
 def moved(before, after) -> set[str]:
@@ -114,9 +129,9 @@ def moved(before, after) -> set[str]:
 
 @pytest.mark.slow
 def test_each_stage_starts_from_the_one_before_and_moves_what_it_promises(folder, tmp_path, capsys):
-  """Five runs of three steps; the table that nothing reads stays, whatever is trained."""
+  """Six runs of three steps; the table that nothing reads stays, whatever is trained."""
   last = ''
-  for stage in ('text', '0', '1', '3-warmup', '3'):
+  for stage in ('vit', 'text', '0', '1', '3-warmup', '3'):
     config, said = small(stage, folder, last), []
     key = jax.random.key(config.train.seed)
     before = begin.initial_params(config.model, last, key, said.append) if last else None
@@ -127,26 +142,52 @@ def test_each_stage_starts_from_the_one_before_and_moves_what_it_promises(folder
     if last:
       expected = {path for path in writer.flatten(after) if TRAINED[stage](path)} - {'vision/packing_position'}
       assert moved(before, after) == expected
-    assert len(said) == (stage == '0') and all(line in shown for line in said)
+    assert len(said) == (4 if stage == 'text' else 0) and all(line in shown for line in said)
     assert ('trains projector 25,024' in shown) == (stage == '0')
-    assert ('trains indexers ' in shown) == (stage == '3-warmup') and ('frozen are' in shown) == (stage != '3')
+    assert ('trains indexers ' in shown) == (stage == '3-warmup')
+    assert ('frozen are' in shown) == (stage not in ('vit', '3'))
     record = metrics.read(out)[-1]
     assert math.isfinite(record['loss']) and ('indexer_kl' in record) == (stage[0] == '3')
     last = str(out)
 
 
 def test_a_language_model_gets_a_new_vision_encoder_and_says_so(folder, tmp_path):
-  text, seen = small('text', folder), small('0', folder)
+  text, seen = small('0', folder), small('0', folder)
+  text = dataclasses.replace(text, model=dataclasses.replace(text.model, vision=VisionConfig()),
+                             train=dataclasses.replace(text.train, freeze=()))
   theirs = begin.programs(text).fresh(jax.random.key(3))
   saved(tmp_path / 'text', text, theirs)
   said = []
   params = begin.initial_params(seen.model, str(tmp_path / 'text'), jax.random.key(0), said.append)
-  assert said == [f'{tmp_path / "text"}: has no vision encoder; a new one is initialised']
-  assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, keye.param_shapes(seen.model))
+  assert said == [f'{tmp_path / "text"}: has no {part}; a new one is initialised'
+                  for part in ('vision encoder', 'projector')]
+  assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, param_shapes(seen.model))
   old, new = writer.flatten(state_lib.merge(theirs.train, theirs.frozen)), writer.flatten(params)
   assert not [path for path in old if (old[path] != new[path]).any()]
   assert {path.split('/')[0] for path in new.keys() - old.keys()} == {'vision', 'projector'}
   assert not seen.train.init and to_dict(seen).train.freeze == pretrain.ONLY_PROJECTOR
+
+
+def test_a_vision_tower_gets_a_language_model_and_leaves_its_text_tower(folder, tmp_path):
+  towers, seen = small('vit', folder), small('text', folder)
+  theirs = begin.programs(towers).fresh(jax.random.key(3))
+  saved(tmp_path / 'vit', towers, theirs)
+  said = []
+  params = begin.initial_params(seen.model, str(tmp_path / 'vit'), jax.random.key(0), said.append)
+  assert said == [f'{tmp_path / "vit"}: {what}' for what in (
+      'has no indexer; a new one is initialised', 'has no language model; a new one is initialised',
+      'has no projector; a new one is initialised', 'its text tower is left out, this model has none')]
+  assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, param_shapes(seen.model))
+  jax.tree.map(np.testing.assert_array_equal, params['vision'], theirs.train['vision'])
+  new = init_params(seen.model, jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, params['layers'], new['layers'])
+  # and the other way: the tower of a language model goes on with a new text tower
+  saved(tmp_path / 'text', seen, begin.programs(seen).around(params, jax.random.key(0)))
+  back = begin.initial_params(towers.model, str(tmp_path / 'text'), jax.random.key(0), print)
+  assert jax.tree.map(jnp.shape, back) == jax.tree.map(jnp.shape, contrast.param_shapes(towers.model))
+  jax.tree.map(np.testing.assert_array_equal, back['vision'], theirs.train['vision'])
+  with pytest.raises(InputError, match='vit: holds a vision tower and its text tower, which answer nothing'):
+    api.load_pretrained(tmp_path / 'vit')
 
 
 def test_gates_of_new_indexers_make_up_for_the_norm_before_them():

@@ -1,4 +1,4 @@
-"""A FrameForge dataset on disk: media, three JSONL files, and frameforge.json with what was built."""
+"""A FrameForge dataset on disk: media, four JSONL files, and frameforge.json with what was built."""
 import collections
 import concurrent.futures
 import json
@@ -13,10 +13,10 @@ from PIL import Image
 from data_pipelines.errors import InputError
 from data_pipelines.frameforge import render, script
 
-FORM = 4                 # of the dataset: counted up when the same arguments make other clips
+FORM = 5                 # of the dataset: counted up when the same arguments make other clips
 CHUNK = 50               # clips or pictures of one task for a worker process
-# The first number of a clip's random seed keeps the streams of the three files apart.
-KINDS = {'train': 0, 'heldout': 1, 'images': 2}
+# The first number of a clip's random seed keeps the streams of the files apart.
+KINDS = {'train': 0, 'heldout': 1, 'images': 2, 'heldout_images': 3}
 
 
 def build(folder: str | os.PathLike, n_train: int = 2000, n_heldout: int = 300, n_images: int = 4000, seed: int = 0,
@@ -25,7 +25,8 @@ def build(folder: str | os.PathLike, n_train: int = 2000, n_heldout: int = 300, 
 
   train.jsonl, heldout.jsonl: clips of 4 to 7 seconds, 4 to 6 questions each; in train.jsonl one more asks for all
   events.
-  images.jsonl: single pictures of the training split, to begin with.
+  images.jsonl, heldout_images.jsonl: single pictures of the training split, to begin with, and `n_heldout` of the
+  other.
 
   A row depends on seed, file and its number only, not on the counts nor on `processes`. A folder that holds the same
   build already is left as it is; the file frameforge.json is written last and marks a complete one. `progress` is
@@ -35,8 +36,10 @@ def build(folder: str | os.PathLike, n_train: int = 2000, n_heldout: int = 300, 
   """
   if side % 28 or side < 28 or fps % 2 or fps < 2:
     raise InputError(f'frameforge: side={side} must be a multiple of 28 pixels and fps={fps} an even number')
-  folder, counts = pathlib.Path(folder), {'train': n_train, 'heldout': n_heldout, 'images': n_images}
-  made = {'form': FORM, **counts, 'seed': seed, 'side': side, 'fps': fps}
+  folder = pathlib.Path(folder)
+  counts = {'train': n_train, 'heldout': n_heldout, 'images': n_images, 'heldout_images': n_heldout}
+  made = {'form': FORM, 'train': n_train, 'heldout': n_heldout, 'images': n_images, 'seed': seed, 'side': side,
+          'fps': fps}
   done = folder / 'frameforge.json'
   if done.is_file():
     report = json.loads(done.read_text())
@@ -102,7 +105,7 @@ def _each(tasks, processes):
 def _make(task) -> list[dict]:
   kind, numbers, seed, side, fps, folder = task
   media = side, fps, pathlib.Path(folder)
-  one = _picture if kind == 'images' else _clip
+  one = _picture if kind.endswith('images') else _clip
   return [one(kind, i, np.random.default_rng([seed, KINDS[kind], i]), *media) for i in numbers]
 
 
@@ -121,7 +124,8 @@ def _clip(split, i, rng, side, fps, folder) -> dict:
 
 def _picture(kind, i, rng, side, fps, folder) -> dict:
   plot, name = script.write_still(rng), f'{kind}/{i:05d}.png'
-  frames_FHW3, background = render.draw(rng, 'train', plot.events, plot.length, side, fps)
+  split = 'heldout' if kind.startswith('heldout') else 'train'
+  frames_FHW3, background = render.draw(rng, split, plot.events, plot.length, side, fps)
   Image.fromarray(frames_FHW3[0]).save(folder / name, compress_level=1)
   question, = plot.questions
   return {

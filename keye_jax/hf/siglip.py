@@ -1,6 +1,9 @@
 """The vision tower of a SigLIP folder under the names of Keye's. It is the same tower; its text model, pooling head and
 loss scale have no place in Keye."""
 import os
+from typing import Any
+
+import numpy as np
 
 from data_pipelines.errors import InputError
 from keye_jax.config import ModelConfig, VisionConfig
@@ -13,6 +16,12 @@ LEFT = ('text_model.', f'{PREFIX}head.', 'logit_scale', 'logit_bias')       # of
 DEFAULTS = {'hidden_size': 768, 'intermediate_size': 3072, 'num_hidden_layers': 12, 'num_attention_heads': 12,
             'patch_size': 16, 'image_size': 224, 'spatial_merge_size': 2}
 MODEL_TYPES = ('siglip', 'siglip_vision_model')
+
+
+def is_folder(folder: str) -> bool:
+  """Whether a folder holds a SigLIP."""
+  path = os.path.join(folder, 'config.json')
+  return os.path.isfile(path) and read_json(path).get('model_type') in MODEL_TYPES
 
 
 def open_tower(folder: str) -> tuple[VisionConfig, reader.Source, list[str]]:
@@ -41,6 +50,19 @@ def open_tower(folder: str) -> tuple[VisionConfig, reader.Source, list[str]]:
       ours[OURS + full.removeprefix(PREFIX) if full.startswith(PREFIX) else name] = name
   shapes = {our: source.shapes[name] for our, name in ours.items()}
   return vision, reader.Source(shapes, lambda name, index: source.read(ours[name], index), folder), left
+
+
+def load_tower(folder: str, dtype: str, place: reader.Place) -> tuple[VisionConfig, dict[str, Any]]:
+  """(config, parameters of the tower in Keye's shape); its packing positions, which SigLIP lacks, are zeros."""
+  vision, source, _ = open_tower(folder)
+  model = ModelConfig(vision=vision)
+  reader.check(table(model), source)
+  params = reader.build(table(model), source, dtype, place)['vision']
+  if vision.packing_positions:
+    shape = vision.packing_positions, vision.embed
+    zeros = lambda index: np.zeros([len(range(*i.indices(n))) for i, n in zip(index, shape)], reader.DTYPES[dtype])
+    params['packing_position'] = place('vision/packing_position', shape, reader.DTYPES[dtype], zeros)
+  return vision, params
 
 
 def table(model: ModelConfig) -> list[names.Tensor]:

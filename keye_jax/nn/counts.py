@@ -5,18 +5,20 @@ from typing import Any
 import jax
 
 from keye_jax.config import ModelConfig
-from keye_jax.nn import keye
+from keye_jax.nn import model
 
 WIDTH = {'float32': 4, 'bfloat16': 2}
+# By the first name of a parameter's path; what is not here is of the language model.
+PARTS = {'vision': 'vision', 'projector': 'projector'} | dict.fromkeys(('text', 'log_scale', 'bias'), 'text tower')
 
 
 def parts(params) -> dict[str, int]:
-  """Parameters of the tree by part: language, indexers, vision, projector."""
+  """Parameters of the tree by part: language, indexers, vision, projector; text tower where there is one."""
   total = dict(language=0, indexers=0, vision=0, projector=0)
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     keys = [k.key for k in path]
-    part = 'indexers' if 'indexer' in keys else keys[0] if keys[0] in ('vision', 'projector') else 'language'
-    total[part] += math.prod(leaf.shape)
+    part = 'indexers' if 'indexer' in keys else PARTS.get(keys[0], 'language')
+    total[part] = total.get(part, 0) + math.prod(leaf.shape)
   return total
 
 
@@ -27,7 +29,8 @@ def active(config: ModelConfig) -> dict[str, int]:
   mlp = 3 * t.embed * t.ffn * (t.experts_per_token if t.experts else 1) + t.embed * t.experts
   i = t.indexer
   indexer = t.embed * (i.heads * i.head_dim + i.heads + i.head_dim) if i.heads else 0
-  return dict(layers=t.layers * (attention + mlp), head=t.embed * t.vocab, indexers=t.layers * indexer)
+  head = 0 if config.contrast else t.embed * t.vocab         # two towers compare one embedding of a sample
+  return dict(layers=t.layers * (attention + mlp), head=head, indexers=t.layers * indexer)
 
 
 def flops_per_token(config: ModelConfig, length: int) -> dict[str, float]:
@@ -53,8 +56,9 @@ def flops_per_token(config: ModelConfig, length: int) -> dict[str, float]:
     block = 4 * v.embed ** 2 + 2 * v.embed * v.ffn
     flops['vision'] = patches * (2.0 * v.layers * block + 4.0 * v.layers * v.embed * frame
                                  + 2.0 * v.patch_dim * v.embed)
-    merged = patches * v.embed
-    flops['projector'] = 2.0 * (merged * merged + merged * t.embed)
+    if not config.contrast:
+      merged = patches * v.embed
+      flops['projector'] = 2.0 * (merged * merged + merged * t.embed)
   return flops
 
 
@@ -68,7 +72,7 @@ def cache_bytes_per_token(config: ModelConfig) -> dict[str, int]:
 def describe(config: ModelConfig, length: int | None = None) -> dict[str, Any]:
   """Everything above in one JSON-able dict; `length` (tokens) defaults to the model's longest."""
   length = length or config.text.max_position
-  by_part = parts(keye.param_shapes(config))
+  by_part = parts(model.param_shapes(config))
   total, a = sum(by_part.values()), active(config)
   return dict(parameters=total, parameters_by_part=by_part,
               bytes_by_part={k: n * WIDTH[config.param_dtype] for k, n in by_part.items()},

@@ -11,7 +11,7 @@ from data_pipelines.schema import Batch
 from keye_jax.config import ModelConfig
 from keye_jax.nn import decoder, layers, rope
 from keye_jax.nn.attention import Context, Indexer
-from keye_jax.nn.keye import place
+from keye_jax.nn.keye import pixels, place
 from keye_jax.nn.vision import Projector, Vision
 from pallas_kernels.index_select import index_select, select_mask
 
@@ -46,8 +46,8 @@ def start(config: ModelConfig, params, batch: Batch) -> tuple[jax.Array, Context
   is_text_BT = batch.vision_BT < 0
   x_BTD = decoder.lookup(config, params['embed'].astype(config.dtype), batch.token_BT, is_text_BT)
   if config.vision.layers and batch.patch_BRNC.shape[1]:
-    pixels = (batch.patch_BRNC.astype(jnp.float32) / 255 - config.vision.mean) / config.vision.std
-    features = Vision(config).apply({'params': params['vision']}, pixels, batch.coord_BRN4, batch.frame_BRN)
+    features = Vision(config).apply({'params': params['vision']}, pixels(config, batch.patch_BRNC), batch.coord_BRN4,
+                                    batch.frame_BRN)
     seen_BMD = Projector(config).apply({'params': params['projector']}, features)
     x_BTD = jnp.where(is_text_BT[..., None], x_BTD, place(config, seen_BMD, batch.vision_BT))
   tables = functools.partial(rope.tables, batch.position_BT3)

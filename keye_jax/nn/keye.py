@@ -34,8 +34,7 @@ class Keye(nn.Module):
     is_text_BT = batch.vision_BT < 0
     x_BTD = decoder.lookup(c, embed_VD, batch.token_BT, is_text_BT)
     if c.vision.layers and batch.patch_BRNC.shape[1]:
-      pixels = (batch.patch_BRNC.astype(jnp.float32) / 255 - c.vision.mean) / c.vision.std
-      features = Vision(c, name='vision')(pixels, batch.coord_BRN4, batch.frame_BRN)
+      features = Vision(c, name='vision')(pixels(c, batch.patch_BRNC), batch.coord_BRN4, batch.frame_BRN)
       seen_BMD = sharding.constrain(Projector(c, name='projector')(features), c.layout, 'batch', None, None)
       x_BTD = jnp.where(is_text_BT[..., None], x_BTD, place(c, seen_BMD, batch.vision_BT).astype(x_BTD.dtype))
     if self.is_initializing():
@@ -48,6 +47,11 @@ class Keye(nn.Module):
     head_DV = embed_VD.T if text.tied_head else sharding.param(
         self, 'head', nn.initializers.normal(text.embed ** -0.5), (text.embed, text.vocab), ('embed', None), c)
     return Output(layers.rms_norm(x_BTD, norm_D, text.norm_eps), head_DV, aux, kv)
+
+
+def pixels(config: ModelConfig, patch_BRNC: jax.Array) -> jax.Array:
+  """uint8 patches as the vision tower takes them: float32, normalised."""
+  return (patch_BRNC.astype(jnp.float32) / 255 - config.vision.mean) / config.vision.std
 
 
 def place(config: ModelConfig, seen_BMD: jax.Array, vision_BT: jax.Array) -> jax.Array:

@@ -198,7 +198,7 @@ def test_written_clips_show_the_drawn_frames(folder):
 
 def test_rows(folder):
   for name in frameforge.KINDS:
-    assert sources.check(folder / f'{name}.jsonl') == COUNTS[f'n_{name}']
+    assert sources.check(folder / f'{name}.jsonl') == COUNTS['n_heldout' if name == 'heldout_images' else f'n_{name}']
   for row in rows(folder, 'train'):
     n = len(row['branches'])
     assert n == len(row['type']) == len(row['answer']) == len(row['interval']) == len(row['others'])
@@ -207,7 +207,9 @@ def test_rows(folder):
                                                                 row['interval'], row['others']):
       assert question['role'] == 'user' and answer == {'role': 'assistant', 'content': text}
       assert (interval is not None) == bool(others) == (kind == 'ground')
-  for row in rows(folder, 'images'):
+  shown = {name: {row['background'] for row in rows(folder, name)} for name in ('images', 'heldout_images')}
+  assert not shown['images'] & shown['heldout_images']
+  for row in rows(folder, 'images') + rows(folder, 'heldout_images'):
     with Image.open(folder / row['images'][0]) as picture:
       assert picture.size == (56, 56) and picture.mode == 'RGB'
     assert re.fullmatch(r'\d( and \d)?|none', row['answer']) and row['answer'] == row['messages'][1]['content']
@@ -217,7 +219,7 @@ def test_same_seed_same_bytes_whatever_the_processes_and_counts(folder, tmp_path
   seen = []
   report = frameforge.build(tmp_path / 'a', **COUNTS, processes=2, progress=lambda *at: seen.append(at))
   assert files(tmp_path / 'a') == files(folder)
-  assert report['train']['rows'] == 5 and seen[-1] == (12, 12)
+  assert report['train']['rows'] == 5 and seen[-1] == (15, 15)
   frameforge.build(tmp_path / 'b', n_train=2, n_heldout=1, n_images=1, processes=1)
   assert rows(tmp_path / 'b', 'train') == rows(folder, 'train')[:2]
   frameforge.build(tmp_path / 'c', n_train=2, n_heldout=1, n_images=1, seed=1, processes=1)

@@ -28,6 +28,13 @@ def example(tag, text, frames=(), branches=(), source=''):
                  np.repeat(np.arange(1, len(frames) + 1, dtype=np.int32), 4 * np.asarray(frames, int)), source)
 
 
+def test_no_more_samples_in_a_row_than_allowed():
+  examples = [example(i, 2) for i in range(7)]
+  rows = packing.plan(examples, packing.Shape(32, 0, 0, 2, VALUES, samples=3))
+  assert [len(row.items) for row in rows] == [3, 3, 1]
+  assert [len(row.items) for row in packing.plan(examples, packing.Shape(32, 0, 0, 2, VALUES))] == [7]
+
+
 SAMPLES = st.lists(st.tuples(st.integers(1, 8), st.lists(st.integers(1, 3), max_size=4), st.lists(st.integers(1, 3),
                                                                                                   max_size=3)),
                    min_size=1, max_size=12)

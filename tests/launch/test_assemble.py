@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -11,10 +12,10 @@ from safetensors.numpy import save_file
 
 from data_pipelines import tokenizer
 from data_pipelines.errors import InputError
-from keye_jax import api, begin
-from keye_jax.config import IndexerConfig, ModelConfig, VisionConfig
+from keye_jax import api, begin, checkpoint, run_folder
+from keye_jax.config import DataConfig, IndexerConfig, ModelConfig, RunConfig, TextConfig, VisionConfig
 from keye_jax.hf import names, reader, siglip, writer
-from keye_jax.nn import counts
+from keye_jax.nn import contrast, counts
 from launch import assemble
 from launch.run_config import load
 from tests.hf.models import MODELS, TEXT, random_params, tiny_tokenizer
@@ -193,3 +194,41 @@ def test_the_published_parts_make_the_published_model():
   total = lambda keep: sum(int(np.prod(shape)) for path, shape in new.items() if keep in path)
   assert (total('projector/'), total('/indexer/'), total('packing')) == (30_686_720, 108_536_832, 32768 * 1152)
   assert len(new) == 6 + 6 + 1
+
+
+def test_the_tower_may_come_from_its_own_stage(tmp_path, capsys):
+  """The tower of a run of the stage vit, without its text tower and the numbers of its loss."""
+  towers = RunConfig(ModelConfig(TextConfig(layers=1, embed=8, heads=1, kv_heads=1, head_dim=8), VISION, contrast=True),
+                     data=DataConfig(samples=1))
+  state = begin.programs(towers).fresh(jax.random.key(5))
+  params = state.train
+  run = tmp_path / 'vit'
+  run.mkdir()
+  run_folder.write_config(run, towers)
+  checkpoints = checkpoint.Checkpoints(run, 1, print)
+  checkpoints.save(0, state, {})
+  checkpoints.wait()
+  write_lm(tmp_path / 'lm')
+  assert command(tmp_path / 'lm', run, tmp_path / 'out', '--dtype', 'float32') == 0
+  left = [path for path in writer.flatten(params) if not path.startswith('vision/')]
+  assert f'left out: {len(left)} tensors' in capsys.readouterr().out
+  made = api.load_pretrained(tmp_path / 'out')[1]
+  jax.tree.map(np.testing.assert_array_equal, made['vision'], params['vision'])
+  with pytest.raises(InputError, match='holds a language model; --vit takes the run of the stage vit, or a SigLIP'):
+    run_folder.write_config(run, dataclasses.replace(towers, model=dataclasses.replace(towers.model, contrast=False)))
+    command(tmp_path / 'lm', run, tmp_path / 'other')
+
+
+def test_a_siglip_folder_begins_the_stage_vit(tmp_path):
+  """The tower is copied, its unread packing positions are zeros, the text tower is new."""
+  stored = write_siglip(tmp_path / 'vit')
+  model = ModelConfig(TextConfig(layers=1, embed=8, heads=1, kv_heads=1, head_dim=8), VISION, contrast=True)
+  said = []
+  params = begin.initial_params(model, str(tmp_path / 'vit'), jax.random.key(0), said.append)
+  assert said == [f'{tmp_path / "vit"}: has no text tower; a new one is initialised']
+  shapes = lambda tree: jax.tree.map(lambda x: tuple(x.shape), tree)
+  assert shapes(params) == shapes(contrast.param_shapes(model))
+  assert not params['vision']['packing_position'].any()
+  position = stored['vision_model.embeddings.position_embedding.weight']
+  np.testing.assert_array_equal(params['vision']['position'], position)
+  assert_close(params['text']['embed'], contrast.init(model, jax.random.key(0))['text']['embed'])
