@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   if config_args:
     raise InputError(f'keye evaluate takes no {config_args[0]}; what a model looks like is in its folder')
-  runtime.start()
+  runtime.start('evaluate')
   model, params = api.load_pretrained(args.model, attention=args.attention)
   config, data = model.config, dataclasses.replace(model.data, path=args.data)
   found = answer(config, params, data, args.batch, args.tokens)

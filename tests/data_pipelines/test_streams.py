@@ -1,5 +1,8 @@
 """Streams: the same batches whatever reads them; workers that die or hang are replaced, or a line says what did."""
 import json
+import multiprocessing
+import os
+import signal
 import threading
 
 import numpy as np
@@ -142,3 +145,19 @@ def test_reading_that_hangs_is_told_and_then_ends_the_run(monkeypatch):
   assert said[0].endswith('it may take 1 s (data.max_wait_seconds)')
   it.close()                               # does not wait for the thread
   forever.set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number, said', [(signal.SIGKILL, 'exit code -9'),
+                                          (signal.SIGSTOP, 'its workers were killed')])
+def test_workers_that_are_really_killed_or_stopped_change_no_batch(path, number, said):  # noqa: F811
+  expected = take(pipeline.train_batches(config(path), 2, seed=9), 10)
+  told = []
+  it = pipeline.train_batches(config(path, workers=2, max_wait_seconds=10.0), 2, seed=9, report=told.append)
+  found = take(it, 2)
+  for child in multiprocessing.active_children():
+    os.kill(child.pid, number)
+  found += take(it, 8)
+  it.close()
+  assert_same(found, expected)
+  assert told and said in told[0]
