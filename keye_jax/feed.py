@@ -2,6 +2,10 @@
 
 A process reads the rows that its devices hold. Processes whose devices hold the same rows (they split the sequence, not
 the batch) read the same ones.
+
+Devices that split a sequence get it in zig-zag: cut into twice as many pieces, device i of n holds pieces i and
+2n - 1 - i. A query sees what is before it, so with one piece each the last device would do nearly twice the mean, and
+the others would wait. The model never asks where a token lies: `order` says what is before it.
 """
 import jax
 import numpy as np
@@ -30,12 +34,16 @@ def share(layout: str, rows: int) -> tuple[int, int]:
 
 
 def place(layout: str, batch: Batch, index: int, count: int) -> Batch:
-  """`batch`, part `index` of `count`, as arrays of the whole batch; a copy to the default device without a mesh."""
+  """`batch`, part `index` of `count`, as arrays of the whole batch, tokens in zig-zag; a copy to the default device
+  without a mesh. Raises InputError when the tokens of a row do not divide over the mesh."""
   if not sharding.has_mesh():
     return jax.device_put(batch)
+  old_T = zigzag(batch.token_BT.shape[1], sharding.extent(layout, 'seq'))
 
   def one(name: str, local: np.ndarray) -> jax.Array:
     first = index * len(local)
+    if '_BT' in name and old_T is not None:
+      local = local[:, old_T]
     where = _sharding(layout, sharding.batch_axes(name, local.ndim))
 
     def read(index):
@@ -43,6 +51,17 @@ def place(layout: str, batch: Batch, index: int, count: int) -> Batch:
       return local[(slice(rows[0] - first, rows[1] - first), *index[1:])]
     return jax.make_array_from_callback((len(local) * count, *local.shape[1:]), where, read)
   return Batch(*(one(name, leaf) for name, leaf in zip(Batch._fields, batch)))
+
+
+def zigzag(T: int, shards: int) -> np.ndarray | None:
+  """The token that comes to each place of a row of T over so many devices; None: all stay."""
+  if shards == 1:
+    return None
+  if T % (2 * shards):
+    raise InputError(f'data.tokens = {T} cannot be cut into two pieces for each of {shards} devices; use a multiple of '
+                     f'{2 * shards}')
+  piece = np.arange(T).reshape(2 * shards, -1)
+  return piece[[p for i in range(shards) for p in (i, 2 * shards - 1 - i)]].reshape(-1)
 
 
 def tokens(local: Batch, placed: Batch) -> int | jax.Array:

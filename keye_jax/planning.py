@@ -13,7 +13,7 @@ import jax
 
 from data_pipelines.errors import InputError
 from data_pipelines.schema import Batch
-from keye_jax import begin, jaxpr_costs, sharding, temporaries
+from keye_jax import begin, feed, jaxpr_costs, sharding, temporaries
 from keye_jax.chips import CHIPS, Chip
 from keye_jax.config import RunConfig
 from keye_jax.jaxpr_costs import Cost
@@ -28,10 +28,10 @@ def batch_shapes(config: RunConfig) -> Batch:
   """The batch of a step, all hosts together, as ShapeDtypeStructs on the mesh."""
   d, v, B, T = config.data, config.model.vision, config.train.batch, config.data.tokens
   R, N = d.vision_rows, d.vision_patches
-  if B % sharding.extent(config.model.layout, 'batch') or T % sharding.extent(config.model.layout, 'seq'):
-    raise InputError(f'train.batch = {B} rows of data.tokens = {T} cannot be divided over '
-                     f'{sharding.extent(config.model.layout, "batch")} x '
-                     f'{sharding.extent(config.model.layout, "seq")} groups of devices')
+  rows, seq = (sharding.extent(config.model.layout, axis) for axis in ('batch', 'seq'))
+  feed.zigzag(T, seq)
+  if B % rows:
+    raise InputError(f'train.batch = {B} rows cannot be divided over {rows} groups of devices; use a multiple')
   shapes = dict(token_BT=(B, T), target_BT=(B, T), weight_BT=(B, T), position_BT3=(B, T, 3), segment_BT=(B, T),
                 order_BT=(B, T), vision_BT=(B, T), patch_BRNC=(B, R, N, v.patch_dim), coord_BRN4=(B, R, N, 4),
                 frame_BRN=(B, R, N))

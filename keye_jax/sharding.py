@@ -2,7 +2,7 @@
 
 `jax.jit` under `jax.set_mesh` with explicit axis types is what used to be called pjit: a value's sharding is part of
 its type, and a contraction that leaves it open must say where its result goes. Nothing else in the project writes the
-names of mesh axes, apart from the collectives inside `nn/experts.py`.
+names of mesh axes, apart from the collectives of `nn/transport.py`.
 
 Without a mesh every helper here is the identity, and the same model runs as a plain single-device program.
 """

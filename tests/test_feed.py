@@ -24,7 +24,26 @@ def test_every_device_gets_its_block(shape, layout):
     rows = {'train': shape[0] * shape[2], 'train_long': shape[0]}[layout]
     assert placed.token_BT.sharding.shard_shape((8, 32)) == (8 // rows, 32 * rows // 8)
     assert placed.patch_BRNC.sharding.shard_shape(placed.patch_BRNC.shape)[1:] == placed.patch_BRNC.shape[1:]
-    jax.tree.map(np.testing.assert_array_equal, placed, batch)
+    old_T = feed.zigzag(32, 8 // rows)
+    for name, whole, local in zip(Batch._fields, placed, batch):
+      moved = '_BT' in name and old_T is not None
+      np.testing.assert_array_equal(whole, local[:, old_T] if moved else local, err_msg=name)
+
+
+@pytest.mark.parametrize('shards', [2, 4])
+def test_zigzag_gives_every_device_the_same_work(shards):
+  """Each token is on one device, and the keys that a device's queries see are as many on each."""
+  held = feed.zigzag(32, shards).reshape(shards, -1)
+  assert sorted(held.reshape(-1)) == list(range(32))
+  assert len({int((device + 1).sum()) for device in held}) == 1
+  pieces = np.diff(held, axis=1) == 1
+  assert (pieces.sum(1) >= 32 // shards - 2).all()         # two runs of neighbours: tiles of keys stay together
+
+
+def test_tokens_that_do_not_divide_are_refused():
+  with mesh(2, 2, 2):
+    with pytest.raises(InputError, match='data.tokens = 30 cannot be cut into two pieces for each of 2 devices'):
+      feed.place('train', numbered(T=30), 0, 1)
 
 
 def test_two_processes_would_each_place_their_rows(monkeypatch):

@@ -23,6 +23,7 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
   """Rules by the name of a pass. seen: (T, S) -> mean keys that a query of the language model sees; default causal."""
   seen = seen or causal
   topk, experts = config.text.indexer.topk, config.text.experts
+  travels = config.experts_transport in ('padded', 'ragged')
 
   def attention(products: int, full: bool = False):
     """Dense attention with so many products of queries and keys: o and scores 2, their gradients 5."""
@@ -59,7 +60,8 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
 
   def routed(forward: bool):
     def rule(N, D, E, F, K, width) -> Cost:
-      picks = N * K * E / experts
+      # rows with one pick each, mine and room for more; else rows of all devices
+      picks = N * K / config.experts_capacity if travels else N * K * E / experts
       tiles, weights = picks / grouped.MAX_TILE + E, 3 * D * F
       rows = picks * width * (4 * D + 2 * F)               # rows in, hidden values out or in, results out and in
       if forward:

@@ -29,6 +29,7 @@ class Aux(NamedTuple):
   balance_LB: jax.Array | None
   load_LE: jax.Array | None
   kl_LBT: jax.Array | None   # indexer KL; padding is 0
+  dropped_L: jax.Array | None    # picks of experts that the transport dropped
 
 
 class Block(nn.Module):
@@ -41,9 +42,9 @@ class Block(nn.Module):
     valid_BT = ctx.segment_BT > 0
     y_BTD, kl_BT, kv = Attention(c, name='attn')(layers.rms_norm(x_BTD, norm('attn_norm'), eps), ctx, cache)
     x_BTD = x_BTD + y_BTD
-    y_BTD, routing = Mlp(c, name='mlp')(layers.rms_norm(x_BTD, norm('ffn_norm'), eps), valid_BT)
+    y_BTD, routing, dropped = Mlp(c, name='mlp')(layers.rms_norm(x_BTD, norm('ffn_norm'), eps), valid_BT)
     kl_BT = None if kl_BT is None else jnp.where(valid_BT, kl_BT, 0)
-    aux = Aux(routing.balance_B if routing else None, routing.load_E if routing else None, kl_BT)
+    aux = Aux(routing.balance_B if routing else None, routing.load_E if routing else None, kl_BT, dropped)
     return x_BTD + y_BTD, (aux, kv)
 
 

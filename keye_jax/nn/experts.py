@@ -1,18 +1,18 @@
-"""SwiGLU experts, and how tokens travel to them.
+"""SwiGLU experts, and the choice of how tokens travel to them (transport.py).
 
 B batch, T time, N flattened tokens, D embed, E experts (of this device), F ffn, K experts per token.
 """
+import functools
+
 import flax.linen as nn
-import jax
 
 from keye_jax import sharding
 from keye_jax.config import ModelConfig
-from keye_jax.nn import layers, router
-from pallas_kernels.grouped_matmul import routed_swiglu
+from keye_jax.nn import layers, router, transport
 
 
 class Mlp(nn.Module):
-  """x_BTD -> (y_BTD, Routing or None): experts, or one dense SwiGLU when the config has none."""
+  """x_BTD -> (y_BTD, Routing or None, dropped or None): experts, or one dense SwiGLU when the config has none."""
   config: ModelConfig
 
   @nn.compact
@@ -23,37 +23,34 @@ class Mlp(nn.Module):
     if not E:
       gate_up_DF2 = sharding.param(self, 'gate_up', init_in, (D, 2 * F), ('embed', None), c)
       down_FD = sharding.param(self, 'down', init_out, (F, D), (None, 'embed'), c)
-      return layers.swiglu(x_BTD, gate_up_DF2, down_FD), None
+      return layers.swiglu(x_BTD, gate_up_DF2, down_FD), None, None
     router_DE = sharding.param(self, 'router', nn.initializers.normal(D ** -0.5), (D, E), ('embed', None), c)
     gate_up_EDF2 = sharding.param(self, 'gate_up', init_in, (E, D, 2 * F), ('experts', 'embed', None), c)
     down_EFD = sharding.param(self, 'down', init_out, (E, F, D), ('experts', None, 'embed'), c)
     routing = router.route(x_BTD, router_DE, text.experts_per_token, valid_BT)
-    return moe(c, x_BTD, routing, gate_up_EDF2, down_EFD), routing
+    y_BTD, dropped = moe(c, x_BTD, routing, gate_up_EDF2, down_EFD)
+    return y_BTD, routing, dropped
 
 
-def moe(config: ModelConfig, x_BTD, routing: router.Routing, gate_up_EDF2, down_EFD) -> jax.Array:
-  """Weighted sum of each token's experts. Transports:
-
-  local: every device holds all experts (expert axis 1).
-  ring:  tokens are all-gathered over the expert axis, each device computes its own experts, results are
-         reduce-scattered. Drops nothing.
-  """
-  ring = config.experts_transport == 'ring' and sharding.has_mesh()
-  if not ring and sharding.has_mesh() and jax.sharding.get_abstract_mesh().shape['expert'] > 1:
+def moe(config: ModelConfig, x_BTD, routing: router.Routing, gate_up_EDF2, down_EFD):
+  """(weighted sum of each token's experts, picks that the transport dropped or None where it drops none)."""
+  name = config.experts_transport
+  if not sharding.has_mesh():
+    name = 'local'
+  elif name == 'local' and sharding.extent(config.layout, 'experts') > 1:
     raise ValueError("experts_transport='local' needs an expert axis of 1; use 'ring'")
+  with_room = functools.partial(functools.partial, capacity=config.experts_capacity)
+  carry = dict(local=transport.local, ring=transport.ring, padded=with_room(transport.padded),
+               ragged=with_room(transport.ragged))[name]
 
   def fn(x_BTD, expert_BTK, weight_BTK, gate_up_EDF2, down_EFD):
-    B, T, D = x_BTD.shape
+    B, T, _ = x_BTD.shape
     flat = lambda a: a.reshape(B * T, a.shape[-1])
-    x_ND, expert_NK, weight_NK = flat(x_BTD), flat(expert_BTK), flat(weight_BTK)
-    if not ring:
-      return routed_swiglu(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD).reshape(B, T, D)
-    gather = lambda a: jax.lax.all_gather(a, 'expert', tiled=True)
-    first = jax.lax.axis_index('expert') * gate_up_EDF2.shape[0]
-    y_ND = routed_swiglu(gather(x_ND), gather(expert_NK) - first, gather(weight_NK), gate_up_EDF2, down_EFD)
-    return jax.lax.psum_scatter(y_ND, 'expert', tiled=True).reshape(B, T, D)
+    y_ND, dropped_N = carry(flat(x_BTD), flat(expert_BTK), flat(weight_BTK), gate_up_EDF2, down_EFD)
+    return y_ND.reshape(x_BTD.shape), dropped_N.reshape(B, T)
 
   tokens = ('batch', 'seq', None)
   in_axes = (tokens, tokens, tokens, ('experts', None, None), ('experts', None, None))
-  return sharding.local(fn, config.layout, in_axes, tokens)(
+  y_BTD, dropped_BT = sharding.local(fn, config.layout, in_axes, (tokens, tokens[:2]))(
       x_BTD, routing.expert_BTK, routing.weight_BTK, gate_up_EDF2, down_EFD)
+  return y_BTD, dropped_BT.sum() if name in ('padded', 'ragged') else None

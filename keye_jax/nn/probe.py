@@ -84,7 +84,7 @@ def run(config: ModelConfig, choose: Callable[[View, jax.Array], jax.Array], par
     normed_BTD = layers.rms_norm(x_BTD, own['attn_norm'], eps)
     y_BTD, *shares = attention(config, choose, own['attn'], normed_BTD, ctx, k)
     x_BTD = x_BTD + y_BTD
-    y_BTD, _ = Mlp(config).apply({'params': own['mlp']}, layers.rms_norm(x_BTD, own['ffn_norm'], eps),
+    y_BTD, *_ = Mlp(config).apply({'params': own['mlp']}, layers.rms_norm(x_BTD, own['ffn_norm'], eps),
                                  ctx.segment_BT > 0)
     return x_BTD + y_BTD, shares
 

@@ -35,6 +35,8 @@ def sft(layout: str, balance_weight: float, indexer_weight: float, token_stats=h
     if aux.balance_LB is not None:
       term, more = router_balance(aux.balance_LB, row_weight(batch), totals['rows'])
       value, metrics = value + balance_weight * term, metrics | more | {'expert_peak': load_peak(aux.load_LE)}
+    if aux.dropped_L is not None:
+      metrics['experts_dropped'] = jnp.sum(aux.dropped_L), jnp.sum(aux.load_LE)
     if aux.kl_LBT is not None:
       term, more = indexer_kl(aux.kl_LBT, batch.segment_BT, totals['queries'])
       value, metrics = value + indexer_weight * term, metrics | more

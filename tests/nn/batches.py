@@ -1,9 +1,13 @@
 """Small batches with text, images and branches, written out by hand rather than by the pipeline under test."""
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.schema import Batch
 from keye_jax.config import IndexerConfig, ModelConfig, TextConfig, VisionConfig
+from keye_jax.nn import keye
 
 TEXT = TextConfig(layers=2, embed=32, heads=4, kv_heads=2, head_dim=16, vocab=64, ffn=24, experts=4,
                   experts_per_token=2, mrope_section=(2, 3, 3), indexer=IndexerConfig(heads=2, head_dim=16, topk=6))
@@ -79,3 +83,9 @@ def mixed(seed: int = 0, B: int = 4, T: int = 32) -> Batch:
   rng = np.random.default_rng(seed)
   return pack([[sample(rng, 2, (2, 4), 3, (2, 3)), sample(rng, 1, (4, 2), 4), sample(rng, 0, (2, 2), 5)]
                for _ in range(B)], T, 3, 8)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(config: ModelConfig, params, batch: Batch) -> keye.Output:
+  """Compiled once for a config and a shape; op by op it would take longer."""
+  return keye.apply(config, params, batch)

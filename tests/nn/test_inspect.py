@@ -5,7 +5,7 @@ import jax
 import numpy as np
 
 from keye_jax.nn import inspect, keye
-from tests.nn.batches import CONFIG, mixed
+from tests.nn.batches import CONFIG, forward, mixed
 from tests.tolerances import assert_close
 
 
@@ -14,7 +14,7 @@ def test_selections_belong_to_the_forward_pass():
   params = keye.init(config, jax.random.key(0))
   batch = mixed(B=2)
   mask_LBTS, hidden_BTD = inspect.selections(config, params, batch)
-  assert_close(hidden_BTD, keye.apply(config, params, batch).hidden_BTD)
+  assert_close(hidden_BTD, forward(config, params, batch).hidden_BTD)
 
   mask = np.asarray(mask_LBTS)
   segment, order = np.asarray(batch.segment_BT), np.asarray(batch.order_BT)

@@ -1,15 +1,20 @@
-"""The whole model: sizes of the published checkpoint, equivalences of packing, caches, scans and meshes."""
+"""The whole model: sizes of the published checkpoint, equivalences of packing, caches, scans and meshes.
+
+Nearly all of the time is compiling, so batches have one shape and there is one program of each kind for a config.
+"""
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from keye_jax import sharding
+from keye_jax import feed, sharding
 from keye_jax.config import MeshConfig
 from keye_jax.nn import counts, decoder, head, keye
 from tests.nn import batches
+from tests.nn.batches import forward
 from tests.tolerances import assert_close
 
 MODES = ('dense', 'warmup', 'sparse')
@@ -24,12 +29,23 @@ def params():
   p = keye.init(batches.CONFIG, jax.random.key(0))
   # away from initial ones and zeros, so that a scale or bias that is not applied shows
   noise = jax.tree.map(lambda a: 0.1 * np.random.default_rng(a.size).normal(size=a.shape).astype(a.dtype), p)
-  return jax.tree.map(jnp.add, p, noise)
+  return jax.tree.map(np.add, p, noise)      # of numpy: jax would compile an addition for every shape
 
 
-def forward(config, params, batch):
-  out = jax.jit(lambda p, b: keye.apply(config, p, b))(params, batch)
-  return out
+def pack(*rows: list[dict]):
+  """Rows of samples in a batch of eight."""
+  return batches.pack([*rows, *[[]] * (8 - len(rows))], 32, 3, 8)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradients(config, params, batch, lm, kl):
+  """(loss, its gradients) of lm times the language model's loss and kl times the indexer's."""
+  def loss(params):
+    out = keye.apply(config, params, batch)
+    stats = head.token_stats(config.layout, out.hidden_BTD, out.head_DV, batch.target_BT, chunk=16)
+    value = -lm * (stats.logp_BT * batch.weight_BT).sum() / batch.weight_BT.sum()
+    return value if out.aux.kl_LBT is None else value + kl * out.aux.kl_LBT.sum()
+  return jax.value_and_grad(loss)(params)
 
 
 def test_published_sizes():
@@ -48,8 +64,8 @@ def test_packed_is_unpacked(params, mode):
   rng = np.random.default_rng(1)
   video, image, text = (batches.sample(rng, 2, (2, 4), 3), batches.sample(rng, 1, (4, 2), 4),
                         batches.sample(rng, 0, (2, 2), 7))
-  together = forward(config, params, batches.pack([[video, image, text]], 32, 3, 8)).hidden_BTD[0]
-  alone = forward(config, params, batches.pack([[video], [image], [text]], 32, 3, 8)).hidden_BTD
+  together = forward(config, params, pack([video, image, text])).hidden_BTD[0]
+  alone = forward(config, params, pack([video], [image], [text])).hidden_BTD
   start = 0
   for row, s in zip(alone, (video, image, text)):
     n = len(s['token'])
@@ -64,12 +80,12 @@ def test_branches_share_a_trunk(params, mode):
   make = lambda branches: batches.sample(np.random.default_rng(2), 2, (2, 4), 3, branches)
   both = make((3, 4))
   trunk = len(both['token']) - 7
-  row = forward(config, params, batches.pack([[both]], 32, 2, 8)).hidden_BTD[0]
+  row = forward(config, params, pack([both])).hidden_BTD[0]
   for b, at in ((1, slice(trunk, trunk + 3)), (2, slice(trunk + 3, trunk + 7))):
     n = at.stop - at.start
     single = make((n,))
     single['token'][trunk:] = both['token'][at]
-    alone = forward(config, params, batches.pack([[single]], 32, 2, 8)).hidden_BTD[0]
+    alone = forward(config, params, pack([single])).hidden_BTD[0]
     assert_close(row[at], alone[trunk:trunk + n], what=f'{mode} branch {b}')
 
 
@@ -77,13 +93,13 @@ def test_branches_share_a_trunk(params, mode):
                                          pytest.param('dense', True, marks=pytest.mark.slow)])
 def test_cached_decode_is_full_forward(params, mode, split):
   config = with_mode(mode)
-  batch = batches.mixed()
+  batch = batches.mixed(B=8)
   full = forward(config, params, batch)
   cut = 24
   take = lambda a, at: a if a.ndim >= 3 and a.shape[-1] != 3 else a[:, at]
   head_of = type(batch)(*[take(a, slice(0, cut)) for a in batch])
-  out = keye.apply(config, params, head_of, keep_kv=True)
-  cache = decoder.extend(decoder.empty_cache(config, 4, 40), out.kv, head_of.segment_BT, head_of.order_BT)
+  out = jax.jit(lambda p, b: keye.apply(config, p, b, keep_kv=True))(params, head_of)
+  cache = decoder.extend(decoder.empty_cache(config, 8, 40), out.kv, head_of.segment_BT, head_of.order_BT)
   if split:
     params = params | {'layers': tuple(jax.tree.map(lambda a: a[i], params['layers']) for i in range(2))}
   advance = jax.jit(lambda p, b, c: keye.apply(config, p, b, c))
@@ -98,68 +114,50 @@ def test_cached_decode_is_full_forward(params, mode, split):
 
 
 def test_sparse_with_all_keys_is_dense(params):
-  batch = batches.mixed()
+  batch = batches.mixed(B=8)
   index = dataclasses.replace(batches.TEXT.indexer, topk=32)
   assert_close(forward(with_mode('sparse', indexer=index), params, batch).hidden_BTD,
                forward(with_mode('dense'), params, batch).hidden_BTD)
 
 
 def test_sparse_differs_from_dense(params):
-  batch = batches.mixed()
+  batch = batches.mixed(B=8)
   a, b = (forward(with_mode(m), params, batch).hidden_BTD for m in ('sparse', 'dense'))
   assert float(jnp.abs(a - b).max()) > 1e-3
 
 
 def test_remat_changes_nothing(params):
-  batch = batches.mixed()
-  grad = lambda c: jax.jit(jax.grad(lambda p: loss(c, p, batch)))(params)
-  config = with_mode('sparse')
-  plain, remat = grad(config), grad(dataclasses.replace(config, remat='block'))
+  config, batch = with_mode('sparse'), batches.mixed(B=8)
+  plain, remat = (gradients(c, params, batch, 1.0, 1.0) for c in (config, dataclasses.replace(config, remat='block')))
   jax.tree.map(assert_close, remat, plain)
 
 
-def loss(config, params, batch):
-  out = keye.apply(config, params, batch)
-  stats = head.token_stats(config.layout, out.hidden_BTD, out.head_DV, batch.target_BT, chunk=16)
-  kl = 0. if out.aux.kl_LBT is None else out.aux.kl_LBT.sum()
-  return -(stats.logp_BT * batch.weight_BT).sum() / batch.weight_BT.sum() + kl
-
-
 def test_indexer_learns_from_its_own_loss_only(params):
-  batch = batches.mixed()
-  config = with_mode('sparse')
-
-  def total(p, lm, kl):
-    out = keye.apply(config, p, batch)
-    stats = head.token_stats(config.layout, out.hidden_BTD, out.head_DV, batch.target_BT)
-    return lm * (stats.logp_BT * batch.weight_BT).sum() + kl * out.aux.kl_LBT.sum()
-
-  grad = jax.jit(jax.grad(total))
+  config, batch = with_mode('sparse'), batches.mixed(B=8)
   is_indexer = lambda path: any(k.key == 'indexer' for k in path)
-  for path, g in jax.tree_util.tree_leaves_with_path(grad(params, 1., 0.)):
+  for path, g in jax.tree_util.tree_leaves_with_path(gradients(config, params, batch, 1.0, 0.0)[1]):
     assert (float(jnp.abs(g).max()) == 0) == (is_indexer(path) or path[-1].key == 'packing_position'), path
-  for path, g in jax.tree_util.tree_leaves_with_path(grad(params, 0., 1.)):
+  for path, g in jax.tree_util.tree_leaves_with_path(gradients(config, params, batch, 0.0, 1.0)[1]):
     assert (float(jnp.abs(g).max()) > 0) == is_indexer(path), path
 
 
-@pytest.mark.parametrize('mode, shape', [
-    ('sparse', (2, 2, 2)), *(pytest.param(m, s, marks=pytest.mark.slow) for m, s in (
-        ('sparse', (1, 1, 1)), ('sparse', (2, 1, 4)), ('warmup', (1, 4, 2)), ('dense', (2, 2, 2))))])
-def test_meshes_agree(params, mode, shape):
+@pytest.mark.parametrize('mode, shape, transport', [
+    ('sparse', (2, 2, 2), 'ring'), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ('sparse', (1, 1, 1), 'local'), ('sparse', (2, 1, 4), 'ragged'), ('warmup', (1, 4, 2), 'padded'),
+        ('dense', (2, 2, 2), 'ring')))])
+def test_meshes_agree(params, mode, shape, transport):
   """Loss and gradients on every mesh equal those of one device without a mesh."""
   batch = batches.mixed(B=8)
   config = with_mode(mode)
-  expected = jax.jit(jax.value_and_grad(lambda p: loss(config, p, batch)))(params)
-  config = dataclasses.replace(config, experts_transport='ring')
+  expected = gradients(config, params, batch, 1.0, 1.0)
+  config = dataclasses.replace(config, experts_transport=transport, experts_capacity=4.0)    # room for all
   mesh_before = jax.sharding.get_abstract_mesh()
   try:
     sharding.use_mesh(MeshConfig(*shape))
     shapes = keye.param_shapes(config)
     placed = jax.tree.map(lambda a, s: jax.device_put(a, s.sharding.spec), params, shapes)
-    where = lambda a: sharding.spec('train', 'batch', 'seq' if a.shape[1] == 32 else None)
-    rows = jax.tree.map(lambda a: jax.device_put(a, where(a)), batch)
-    got = jax.jit(jax.value_and_grad(lambda p, b: loss(config, p, b)))(placed, rows)
-    got = jax.tree.map(np.asarray, got)
+    rows = feed.place('train', jax.tree.map(np.asarray, batch), *feed.share('train', 8))
+    got = jax.tree.map(np.asarray, gradients(config, placed, rows, 1.0, 1.0))
   finally:
     jax.set_mesh(None) if mesh_before.empty else jax.set_mesh(mesh_before)
   jax.tree_util.tree_map_with_path(lambda path, a, b: assert_close(a, b, what=f'{path}') if np.abs(b).max() else

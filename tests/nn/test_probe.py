@@ -8,7 +8,7 @@ import pytest
 
 from keye_jax.config import IndexerConfig, ModelConfig
 from keye_jax.nn import inspect, keye, probe
-from tests.nn.batches import CONFIG, mixed, pack, sample
+from tests.nn.batches import CONFIG, forward, mixed, pack, sample
 from tests.tolerances import assert_close
 
 SPARSE = dataclasses.replace(CONFIG, attention='sparse')
@@ -33,7 +33,7 @@ def one_sample(T=32):
 def test_the_walk_is_the_model(params, choose, config):
   batch = mixed(B=2)
   found = probe.run(config, choose, params, batch, CONFIG.text.indexer.topk)
-  assert_close(found.hidden_BTD, keye.apply(config, params, batch).hidden_BTD)
+  assert_close(found.hidden_BTD, forward(config, params, batch).hidden_BTD)
   if choose is probe.everything:
     np.testing.assert_allclose(found.mass_LBT[:, batch.segment_BT > 0], 1, rtol=1e-5)
 
@@ -43,7 +43,7 @@ def test_a_dense_text_model():
   text = dataclasses.replace(CONFIG.text, indexer=IndexerConfig(), experts=0, experts_per_token=0, qk_norm=False)
   config = ModelConfig(text=text)
   params, batch = keye.init(config, jax.random.key(0)), one_sample()
-  expected = keye.apply(config, params, batch).hidden_BTD
+  expected = forward(config, params, batch).hidden_BTD
   assert_close(probe.run(config, probe.everything, params, batch, 1).hidden_BTD, expected)
   for choose, k in ((probe.oracle, 32), (probe.window, 32 + probe.SINKS)):
     assert_close(probe.run(config, choose, params, batch, k).hidden_BTD, expected)

@@ -67,6 +67,7 @@ class Aux(NamedTuple):
   balance_LB: Any = None
   load_LE: Any = None
   kl_LBT: Any = None
+  dropped_L: Any = None
 
 
 class Output(NamedTuple):

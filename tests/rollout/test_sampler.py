@@ -38,9 +38,8 @@ def greedy_by_full_passes(params, s, branch, new):
   keep = [i for i, x in enumerate(s['branch']) if x in (0, branch)]
   s = {k: [v[i] for i in keep] if k in ('token', 'position', 'branch', 'vision') else v for k, v in s.items()}
   out = []
-  forward = jax.jit(lambda p, b: head.logits(*keye.apply(CONFIG, p, b)[:2]))
   for _ in range(new):
-    logits = forward(params, batches.pack([[s]], 32, 2, 8))
+    logits = head.logits(*batches.forward(CONFIG, params, batches.pack([[s]], 32, 2, 8))[:2])
     token = int(jnp.argmax(logits[0, len(s['token']) - 1]))
     out.append(token)
     if token in STOP:

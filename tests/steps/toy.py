@@ -25,6 +25,7 @@ class Aux(NamedTuple):
   balance_LB: Any
   load_LE: Any
   kl_LBT: Any
+  dropped_L: Any = None
 
 
 class Output(NamedTuple):
