@@ -246,10 +246,10 @@ def _batch(model: Model, examples: list[Example], tokens: int) -> Batch:
     R = max(1, 2 * R)
   up = lambda n, axis: -(-n // sharding.extent(layout, axis)) * sharding.extent(layout, axis)
   rows = up(len(examples), 'batch')
-  batch = packing.pack(examples, packing.Shape(up(bucket(tokens), 'seq'), R, N, v.merge, v.patch_dim), together=False)
+  shape = packing.Shape(up(bucket(tokens), 'seq'), up(R, 'frames'), N, v.merge, v.patch_dim)
+  batch = packing.pack(examples, shape, together=False)
   batch = Batch(*(np.concatenate([a, np.zeros((rows - len(a), *a.shape[1:]), a.dtype)]) for a in batch))
-  text = ('token_BT', 'target_BT', 'weight_BT', 'position_BT3', 'segment_BT', 'order_BT', 'vision_BT')
-  return Batch(**{name: _laid_out(a, layout, 'batch', *(('seq',) if name in text else ()))
+  return Batch(**{name: _laid_out(a, layout, *sharding.batch_axes(name, a.ndim))
                   for name, a in batch._asdict().items()})
 
 

@@ -35,9 +35,10 @@ def share(layout: str, rows: int) -> tuple[int, int]:
 
 def place(layout: str, batch: Batch, index: int, count: int) -> Batch:
   """`batch`, part `index` of `count`, as arrays of the whole batch, tokens in zig-zag; a copy to the default device
-  without a mesh. Raises InputError when the tokens of a row do not divide over the mesh."""
+  without a mesh. Raises InputError when the tokens or vision rows of a row do not divide over the mesh."""
   if not sharding.has_mesh():
     return jax.device_put(batch)
+  check(layout, batch.token_BT.shape[1], batch.frame_BRN.shape[1])
   old_T = zigzag(batch.token_BT.shape[1], sharding.extent(layout, 'seq'))
 
   def one(name: str, local: np.ndarray) -> jax.Array:
@@ -53,13 +54,21 @@ def place(layout: str, batch: Batch, index: int, count: int) -> Batch:
   return Batch(*(one(name, leaf) for name, leaf in zip(Batch._fields, batch)))
 
 
+def check(layout: str, T: int, R: int) -> None:
+  """Raises InputError when the T tokens and R vision rows of a row do not divide over the devices that share it."""
+  shards = sharding.extent(layout, 'seq')
+  if shards > 1 and T % (2 * shards):
+    raise InputError(f'data.tokens = {T} cannot be cut into two pieces for each of {shards} devices; use a multiple of '
+                     f'{2 * shards}')
+  if R % (shards := sharding.extent(layout, 'frames')):
+    raise InputError(f'data.vision_rows = {R} cannot be divided over {shards} devices; use a multiple, with fewer '
+                     'data.vision_patches each')
+
+
 def zigzag(T: int, shards: int) -> np.ndarray | None:
   """The token that comes to each place of a row of T over so many devices; None: all stay."""
   if shards == 1:
     return None
-  if T % (2 * shards):
-    raise InputError(f'data.tokens = {T} cannot be cut into two pieces for each of {shards} devices; use a multiple of '
-                     f'{2 * shards}')
   piece = np.arange(T).reshape(2 * shards, -1)
   return piece[[p for i in range(shards) for p in (i, 2 * shards - 1 - i)]].reshape(-1)
 

@@ -28,9 +28,8 @@ def batch_shapes(config: RunConfig) -> Batch:
   """The batch of a step, all hosts together, as ShapeDtypeStructs on the mesh."""
   d, v, B, T = config.data, config.model.vision, config.train.batch, config.data.tokens
   R, N = d.vision_rows, d.vision_patches
-  rows, seq = (sharding.extent(config.model.layout, axis) for axis in ('batch', 'seq'))
-  feed.zigzag(T, seq)
-  if B % rows:
+  feed.check(config.model.layout, T, R)
+  if B % (rows := sharding.extent(config.model.layout, 'batch')):
     raise InputError(f'train.batch = {B} rows cannot be divided over {rows} groups of devices; use a multiple')
   shapes = dict(token_BT=(B, T), target_BT=(B, T), weight_BT=(B, T), position_BT3=(B, T, 3), segment_BT=(B, T),
                 order_BT=(B, T), vision_BT=(B, T), patch_BRNC=(B, R, N, v.patch_dim), coord_BRN4=(B, R, N, 4),

@@ -21,10 +21,15 @@ AXES = ('data', 'context', 'expert')
 # Weights, gradients and optimizer state are sharded on their embed axis over data and context together, experts also
 # over expert, and gathered layer by layer where they are used. Measured ahead of time for 48 layers at 256K tokens on
 # v6e:16x16: over data alone the temporaries need 84 GB a device, over both axes 10.5 GB.
+#
+# The vision tower has a sharding of its own: devices that share the tokens of a row also share its vision rows, which
+# are independent of each other, and the language model gathers what they saw before it cuts the sequence.
 LAYOUTS = {
-    'train': {'batch': ('data', 'expert'), 'seq': 'context', 'embed': ('data', 'context'), 'experts': 'expert'},
-    'train_long': {'batch': 'data', 'seq': ('context', 'expert'), 'embed': ('data', 'context'), 'experts': 'expert'},
-    'decode': {'batch': ('data', 'expert'), 'seq': None, 'embed': None, 'experts': 'expert'},
+    'train': {'batch': ('data', 'expert'), 'seq': 'context', 'frames': 'context', 'embed': ('data', 'context'),
+              'experts': 'expert'},
+    'train_long': {'batch': 'data', 'seq': ('context', 'expert'), 'frames': ('context', 'expert'),
+                   'embed': ('data', 'context'), 'experts': 'expert'},
+    'decode': {'batch': ('data', 'expert'), 'seq': None, 'frames': None, 'embed': None, 'experts': 'expert'},
 }
 
 
@@ -68,9 +73,8 @@ def constrain_batch(batch, layout: str):
 
 
 def batch_axes(name: str, ndim: int) -> tuple[str | None, ...]:
-  """Logical axes of an array of a `Batch`, from its name: ('batch', 'seq', ...) for `_BT...`, else ('batch', ...)."""
-  axes = ('batch', 'seq') if '_BT' in name else ('batch',)
-  return axes + (None,) * (ndim - len(axes))
+  """Logical axes of an array of a `Batch`, from its name: tokens `_BT...` or vision rows `_BRN...`."""
+  return ('batch', 'seq' if '_BT' in name else 'frames') + (None,) * (ndim - 2)
 
 
 def like(x: jax.Array, other: jax.Array) -> jax.Array:

@@ -15,20 +15,19 @@ def advice(config: RunConfig, found: dict[str, Any]) -> list[str]:
     if kept > size['hbm'] / 2:
       lines.append(f'parameters and optimizer alone take {kept / GIB:.1f} of {size["hbm"] / GIB:.0f} GiB: use more '
                    'devices, or model.param_dtype = bfloat16')
-    if model.remat == 'none':
-      lines.append("model.remat = 'block' keeps one hidden state a layer instead of all activations")
+    if model.remat != 'block':
+      lines.append("model.remat = 'block' keeps one hidden state a layer instead of "
+                   + ('all activations' if model.remat == 'none' else "that and attention's output"))
     rows = config.train.batch // config.train.accumulate
     groups = mesh['data'] * mesh['expert']
     if rows > groups:
       lines.append(f'train.accumulate = {config.train.batch // groups}: each micro-batch then holds one row for every '
                    f'group of devices instead of {rows // groups}')
-    if model.text.experts and mesh['expert'] > 1:
+    if model.text.experts and mesh['expert'] > 1 and model.experts_transport == 'ring':
       lines.append(f'a smaller mesh.expert: a device keeps room for the picks of all {mesh["expert"]} devices of its '
-                   'expert group; move the factor to mesh.context')
+                   "expert group; move the factor to mesh.context, or let model.experts_transport be 'padded' or "
+                   "'ragged'")
     lines.append(f'a larger mesh.context: a device now holds {config.data.tokens // mesh["context"]:,} tokens of a row')
-  if model.attention == 'sparse' and mesh['context'] > 1:
-    lines.append(f'with rows cut in order, the last of {mesh["context"]} context shards sees up to '
-                 f'{2 - 1 / mesh["context"]:.1f} times the keys of the mean that compute_s counts')
   if model.vision.layers and not config.data.vision_rows:
     lines.append('no image is in the planned batch: --config.data.vision_rows and --config.data.vision_patches add '
                  'them')

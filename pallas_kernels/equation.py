@@ -1,8 +1,16 @@
-"""One pass of an op as one equation of the program that holds it."""
+"""One pass of an op as one equation of the program that holds it, and what of it rematerialisation may keep."""
 import re
 from collections.abc import Callable
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
+
+ATTENTION = 'attention'      # name of what attention's forward pass leaves to its backward pass, for jax.checkpoint
+
+
+def kept(results):
+  """`results` of a forward pass of attention, under the name by which `jax.checkpoint` can be told to keep them."""
+  return jax.tree.map(lambda x: checkpoint_name(x, ATTENTION), results)
 
 
 def equation(name: str, fn: Callable, **dims: int) -> Callable:

@@ -23,7 +23,7 @@ def test_every_device_gets_its_block(shape, layout):
     placed = feed.place(layout, batch, 0, 1)
     rows = {'train': shape[0] * shape[2], 'train_long': shape[0]}[layout]
     assert placed.token_BT.sharding.shard_shape((8, 32)) == (8 // rows, 32 * rows // 8)
-    assert placed.patch_BRNC.sharding.shard_shape(placed.patch_BRNC.shape)[1:] == placed.patch_BRNC.shape[1:]
+    assert placed.patch_BRNC.sharding.shard_shape((8, 4, 8, 12))[:2] == (8 // rows, 4 * rows // 8)
     old_T = feed.zigzag(32, 8 // rows)
     for name, whole, local in zip(Batch._fields, placed, batch):
       moved = '_BT' in name and old_T is not None
@@ -44,6 +44,12 @@ def test_tokens_that_do_not_divide_are_refused():
   with mesh(2, 2, 2):
     with pytest.raises(InputError, match='data.tokens = 30 cannot be cut into two pieces for each of 2 devices'):
       feed.place('train', numbered(T=30), 0, 1)
+
+
+def test_vision_rows_that_do_not_divide_are_refused():
+  with mesh(1, 8, 1):
+    with pytest.raises(InputError, match='data.vision_rows = 4 cannot be divided over 8 devices'):
+      feed.place('train', numbered(), 0, 1)
 
 
 def test_two_processes_would_each_place_their_rows(monkeypatch):

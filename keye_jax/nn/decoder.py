@@ -99,9 +99,7 @@ def run(config: ModelConfig, layer_params, x_BTD, position_BT3, segment_BT, orde
       out.append(result)
     aux, kv = jax.tree.map(lambda *a: jnp.stack(a), *out)
   else:
-    if config.remat == 'block':
-      block = jax.checkpoint(block, prevent_cse=False)
-    x_BTD, (aux, kv) = jax.lax.scan(block, x_BTD, (layer_params, layer_caches))
+    x_BTD, (aux, kv) = jax.lax.scan(layers.remat(config.remat, block), x_BTD, (layer_params, layer_caches))
   return x_BTD, aux, kv
 
 

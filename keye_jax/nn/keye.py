@@ -36,7 +36,7 @@ class Keye(nn.Module):
     if c.vision.layers and batch.patch_BRNC.shape[1]:
       pixels = (batch.patch_BRNC.astype(jnp.float32) / 255 - c.vision.mean) / c.vision.std
       features = Vision(c, name='vision')(pixels, batch.coord_BRN4, batch.frame_BRN)
-      seen_BMD = Projector(c, name='projector')(features)
+      seen_BMD = sharding.constrain(Projector(c, name='projector')(features), c.layout, 'batch', None, None)
       x_BTD = jnp.where(is_text_BT[..., None], x_BTD, place(c, seen_BMD, batch.vision_BT).astype(x_BTD.dtype))
     if self.is_initializing():
       layer_params = self.param('layers', lambda key: decoder.init_layers(c, key))
@@ -69,13 +69,13 @@ def smallest_batch(config: ModelConfig) -> Batch:
   """Zeros of the smallest shape that fills the mesh and reaches every parameter."""
   B, T = sharding.extent(config.layout, 'batch'), sharding.extent(config.layout, 'seq')
   v = config.vision
-  R, N = (1, v.merge ** 2) if v.layers else (0, 0)
+  R, N = (sharding.extent(config.layout, 'frames'), v.merge ** 2) if v.layers else (0, 0)
 
   def zeros(dtype, *shape, axes):
     axes = axes + (None,) * (len(shape) - len(axes))
     return sharding.constrain(jnp.zeros(shape, dtype), config.layout, *axes)
 
-  token, seen = ('batch', 'seq'), ('batch',)
+  token, seen = ('batch', 'seq'), ('batch', 'frames')
   int_BT = zeros(jnp.int32, B, T, axes=token)
   return Batch(int_BT, int_BT, zeros(jnp.float32, B, T, axes=token), zeros(jnp.int32, B, T, 3, axes=token), int_BT,
                int_BT, int_BT - 1, zeros(jnp.uint8, B, R, N, v.patch_dim, axes=seen),

@@ -3,10 +3,13 @@
 B batch, T time, D features, F ffn width.
 """
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax.linen import initializers
+
+from pallas_kernels.equation import ATTENTION
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -41,6 +44,18 @@ def swiglu(x_BTD: jax.Array, gate_up_DF2: jax.Array, down_FD: jax.Array) -> jax.
   """silu(x W_gate) * (x W_up) W_down; the gate is the first half of gate_up's columns."""
   gate, up = jnp.split(project(x_BTD, gate_up_DF2), 2, -1)
   return project(jax.nn.silu(gate) * up, down_FD)
+
+
+def remat(policy: str, block: Callable) -> Callable:
+  """`block` of a scan over layers, whose backward pass computes again what the policy does not keep.
+
+  none: keeps everything. block: keeps a block's input. attention: also what attention leaves to its backward pass, its
+  output above all, so that the longest part of a long row is not done twice.
+  """
+  if policy == 'none':
+    return block
+  keep = jax.checkpoint_policies.save_only_these_names(ATTENTION) if policy == 'attention' else None
+  return jax.checkpoint(block, prevent_cse=False, policy=keep)
 
 
 def residual_init(fan_in: int, layers: int):

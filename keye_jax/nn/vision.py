@@ -63,7 +63,8 @@ class VisionBlock(nn.Module):
     y_BRNW = norm('norm1', x_BRNW)
     q, k, val = (heads(name, y_BRNW) for name in 'qkv')
     q, k = rope.rotate(q, cos_BRNF, sin_BRNF), rope.rotate(k, cos_BRNF, sin_BRNF)
-    rows, frames = ('batch', None, None, None, None), ('batch', None, None)
+    frames = ('batch', 'frames', None)
+    rows = (*frames, None, None)
     o_BRNHK = sharding.local(frame_attention, c.layout, (rows, rows, rows, frames), rows)(q, k, val, frame_BRN)
     o_HKW = param('o', layers.residual_init(W, v.layers), H, K, W, axes=(None, None, 'embed'))
     x_BRNW += (jnp.einsum('BRNHK,HKW->BRNW', o_BRNHK, o_HKW) + param('o_bias', zeros, W, axes=(None,)))
@@ -106,7 +107,7 @@ class Vision(nn.Module):
       params = self.param('layers', init_layers)
     else:
       params = self.get_variable('params', 'layers')
-    x_BRNW, _ = jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if c.remat == 'block' else step, x_BRNW, params)
+    x_BRNW, _ = jax.lax.scan(layers.remat(c.remat, step), x_BRNW, params)
     return layers.layer_norm(x_BRNW, sharding.param(self, 'post_norm_scale', nn.initializers.ones, (W,), (None,), c),
                              sharding.param(self, 'post_norm_bias', nn.initializers.zeros, (W,), (None,), c),
                              v.norm_eps)
@@ -120,8 +121,8 @@ class Projector(nn.Module):
   def __call__(self, x_BRNW):
     c, v = self.config, self.config.vision
     merged, D = v.merge ** 2 * v.embed, c.text.embed
-    x = sharding.local(lambda a: a.reshape(a.shape[0], -1, merged), c.layout, (('batch', None, None, None),),
-                       ('batch', None, None))(x_BRNW)
+    x = sharding.local(lambda a: a.reshape(a.shape[0], -1, merged), c.layout,
+                       (('batch', 'frames', None, None),), ('batch', 'frames', None))(x_BRNW)
 
     def param(name, init, *shape, axes=(None,)):
       return sharding.param(self, name, init, shape, axes, c)

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import optax
 
 from data_pipelines.errors import InputError
+from keye_jax.steps import rounding
 
 
 class State(NamedTuple):
   step: jax.Array      # int32: batches consumed, skipped ones included
   train: Any           # nested dict: differentiated, has optimizer state, donated to the step
   frozen: Any          # nested dict in the compute dtype: neither
-  opt: Any
+  opt: Any             # float32
   rng: jax.Array       # typed key; a step that needs noise folds `step` into it
 
 
@@ -25,7 +26,8 @@ def create(params: Any, tx: optax.GradientTransformation, freeze: tuple[str, ...
   """
   train, frozen = split(params, freeze)
   frozen = jax.tree.map(lambda x: x.astype(dtype), frozen)
-  return State(jnp.zeros((), jnp.int32), train, frozen, jax.jit(tx.init)(train), key)
+  opt = jax.jit(lambda train: tx.init(rounding.float32(train)))(train)
+  return State(jnp.zeros((), jnp.int32), train, frozen, opt, key)
 
 
 def split(params: Any, freeze: tuple[str, ...]) -> tuple[Any, Any]:

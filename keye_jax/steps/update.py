@@ -13,6 +13,7 @@ import optax
 
 from data_pipelines.errors import InputError
 from keye_jax.objectives.common import Metrics, Objective, over
+from keye_jax.steps import rounding
 from keye_jax.steps.optimizer import group_norms
 from keye_jax.steps.state import State, merge
 
@@ -25,6 +26,7 @@ def make_update(apply: Callable[[Any, Any], Any], objective: Objective, tx: opta
 
   rates: learning rate of each optimizer group, see `optimizer.rates`; another value needs no other program.
   limit: a step whose metric `loss` is above it is skipped.
+  The optimizer works in float32 whatever the parameters are kept in (`rounding.py`).
   Everything of the state but its frozen parameters is donated. A step whose loss or gradient is not finite, or above
   the limit, changes neither parameters nor optimizer state; its metrics are zero with zero weight, `skipped` counts it,
   and `spikes` those above the limit.
@@ -64,8 +66,8 @@ def make_update(apply: Callable[[Any, Any], Any], objective: Objective, tx: opta
     ok = finite & ~spike
 
     def take(train, opt, grads):
-      changes, opt = tx.update(grads, opt, train, rates=rates, norms=norms)
-      return optax.apply_updates(train, changes), opt
+      changes, opt = tx.update(rounding.float32(grads), opt, train, rates=rates, norms=norms)
+      return rounding.apply_updates(train, changes, jax.random.fold_in(rng, count)), opt
 
     # A branch, not a choice between old and new values: that would copy the optimizer state to keep both.
     train, opt = jax.lax.cond(ok, take, lambda train, opt, grads: (train, opt), train, opt, grads)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tiles
-from pallas_kernels.equation import equation
+from pallas_kernels.equation import equation, kept
 from pallas_kernels.mask import NEG_INF, visible
 
 SMALL = 512                # rows with at most this many keys are one tile
@@ -32,7 +32,7 @@ def _attention(q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k
 
 def _forward(q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, causal, scale):
   arrays = q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS
-  o_BTHK, lse_BTH = named('forward', causal, functools.partial(_forward_all, causal, scale), arrays)(*arrays)
+  o_BTHK, lse_BTH = kept(named('forward', causal, functools.partial(_forward_all, causal, scale), arrays)(*arrays))
   return (o_BTHK, lse_BTH), (*arrays, o_BTHK, lse_BTH)
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels import tiles
 from pallas_kernels.dsa_attention.output import DSAOutput
 from pallas_kernels.dsa_attention.row import Options, Row
-from pallas_kernels.equation import equation
+from pallas_kernels.equation import equation, kept
 
 
 class Passes(NamedTuple):
@@ -46,8 +46,8 @@ def _attention(passes, options, rows: Row, selection):
 
 def _forward(passes, options, rows: Row, selection):
   forward = named('forward', options, functools.partial(passes.forward, options), rows)
-  o_BGNK, lse_BGN, kl_BT, index_lse_BT, selection = forward(rows, selection)
-  o_BGNK = o_BGNK.astype(rows.q_GNK.dtype)
+  o_BGNK, *rest = forward(rows, selection)
+  o_BGNK, lse_BGN, kl_BT, index_lse_BT, selection = kept((o_BGNK.astype(rows.q_GNK.dtype), *rest))
   return (o_BGNK, lse_BGN, kl_BT, selection), (rows, o_BGNK, lse_BGN, index_lse_BT, selection)
 
 

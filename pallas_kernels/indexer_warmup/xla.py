@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tiles
 from pallas_kernels.dense_attention.xla import cut_queries, cut_row, is_small
-from pallas_kernels.equation import equation
+from pallas_kernels.equation import equation, kept
 from pallas_kernels.index_select.xla import products, score
 from pallas_kernels.mask import NEG_INF, visible
 
@@ -57,7 +57,7 @@ def shape(rows: Row) -> tuple[bool, bool]:
 def _forward(scale, rows: Row):
   small, loop = shape(rows)
   row = functools.partial(forward_one if small else forward_tiles, scale)
-  kl_BT, lse_BT = named('forward', lambda *rows: tiles.over_rows(row, rows, loop), rows)(*rows)
+  kl_BT, lse_BT = kept(named('forward', lambda *rows: tiles.over_rows(row, rows, loop), rows)(*rows))
   return kl_BT, (rows, lse_BT)
 
 

@@ -151,13 +151,14 @@ def test_reading_that_hangs_is_told_and_then_ends_the_run(monkeypatch):
 @pytest.mark.parametrize('number, waits, said', [(signal.SIGKILL, 1800.0, 'exit code -9'),
                                                  (signal.SIGSTOP, 15.0, 'its workers were killed')])
 def test_a_worker_that_is_really_killed_or_stopped_changes_no_batch(path, number, waits, said):  # noqa: F811
-  expected = take(pipeline.train_batches(config(path), 2, seed=9), 10)
   told = []
   it = pipeline.train_batches(config(path, workers=1, max_wait_seconds=waits), 2, seed=9, report=told.append)
   found = take(it, 2)
   (worker,) = multiprocessing.active_children()
   os.kill(worker.pid, number)
-  found += take(it, 8)
+  while not told:                          # what it had read ahead comes first
+    found += take(it, 1)
+  found += take(it, 2)
   it.close()
-  assert_same(found, expected)
-  assert told and said in told[0]
+  assert said in told[0]
+  assert_same(found, take(pipeline.train_batches(config(path), 2, seed=9), len(found)))

@@ -82,7 +82,7 @@ def mixed(seed: int = 0, B: int = 4, T: int = 32) -> Batch:
   """Rows of two samples each: video with branches beside text."""
   rng = np.random.default_rng(seed)
   return pack([[sample(rng, 2, (2, 4), 3, (2, 3)), sample(rng, 1, (4, 2), 4), sample(rng, 0, (2, 2), 5)]
-               for _ in range(B)], T, 3, 8)
+               for _ in range(B)], T, 4, 8)
 
 
 @functools.partial(jax.jit, static_argnums=0)

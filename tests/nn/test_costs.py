@@ -1,5 +1,6 @@
 """The walk of the published model's training step against the closed formula of its forward pass."""
 import dataclasses
+import re
 
 import pytest
 
@@ -7,6 +8,7 @@ from configs import keye_vl_2_30b_a3b
 from keye_jax import jaxpr_costs, planning
 from keye_jax.config import DataConfig, RunConfig, TrainConfig
 from keye_jax.nn import costs, counts
+from pallas_kernels.equation import parse
 from tests.nn import batches
 from tests.steps.test_mesh import mesh
 
@@ -70,9 +72,22 @@ def test_a_mesh_divides_the_work_and_adds_traffic():
   assert all(shared.sent[axis] > 0 for axis in ('data', 'context', 'expert'))
 
 
-def test_recomputing_blocks_costs_their_forward_pass_again():
+@pytest.mark.parametrize('remat, parts', [('block', ('layers', 'attention')), ('attention', ('layers',))])
+def test_recomputing_costs_a_forward_pass_of_what_is_not_kept(remat, parts):
   tokens = 4096
-  config, whole = step_cost('dense', tokens, remat='block')
+  config, whole = step_cost('dense', tokens, remat=remat)
   _, kept = step_cost('dense', tokens, remat='none')
   part = counts.flops_per_token(config, tokens)
-  assert whole.flops - kept.flops == pytest.approx(tokens * (part['layers'] + part['attention']), rel=0.02)
+  assert whole.flops - kept.flops == pytest.approx(tokens * sum(part[name] for name in parts), rel=0.02)
+
+
+def test_sparse_attention_that_is_kept_is_done_once():
+  """Neither its products nor its scores and its selection are in the backward pass again."""
+  def step(remat):
+    config = RunConfig(model=dataclasses.replace(batches.CONFIG, attention='sparse', remat=remat),
+                       data=DataConfig(tokens=256), train=TrainConfig(batch=1))
+    program = planning.traced(config)
+    return program, jaxpr_costs.of_program(program.trace.jaxpr, {}, program.rules)
+  (program, again), (_, once) = step('block'), step('attention')
+  name, dims = parse(re.search(r'name=(dsa_attention_forward_kl[.\w]*)', str(program.trace.jaxpr))[1])
+  assert again.flops - once.flops == batches.TEXT.layers * program.rules[name](**dims).flops

@@ -34,7 +34,7 @@ def params():
 
 def pack(*rows: list[dict]):
   """Rows of samples in a batch of eight."""
-  return batches.pack([*rows, *[[]] * (8 - len(rows))], 32, 3, 8)
+  return batches.pack([*rows, *[[]] * (8 - len(rows))], 32, 4, 8)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -126,10 +126,11 @@ def test_sparse_differs_from_dense(params):
   assert float(jnp.abs(a - b).max()) > 1e-3
 
 
-def test_remat_changes_nothing(params):
+@pytest.mark.parametrize('remat', ['block', pytest.param('attention', marks=pytest.mark.slow)])
+def test_remat_changes_nothing(params, remat):
   config, batch = with_mode('sparse'), batches.mixed(B=8)
-  plain, remat = (gradients(c, params, batch, 1.0, 1.0) for c in (config, dataclasses.replace(config, remat='block')))
-  jax.tree.map(assert_close, remat, plain)
+  again, plain = (gradients(c, params, batch, 1.0, 1.0) for c in (dataclasses.replace(config, remat=remat), config))
+  jax.tree.map(assert_close, again, plain)
 
 
 def test_indexer_learns_from_its_own_loss_only(params):
