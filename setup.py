@@ -21,6 +21,7 @@ setup(
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12.8,<0.13',       # the v1 API is still under this version
     'grain>=0.2.18,<0.3',
+    'array-record>=0.8',
     'tensorflow-datasets>=4.9.10',          # without TensorFlow; it needs importlib_resources and does not say so
     'importlib_resources',
     'ml-collections>=1.1.0',
@@ -44,7 +45,9 @@ setup(
     'demo': ['scikit-image>=0.25', 'scikit-learn>=1.6', 'scikit-video==1.1.11'],
     'test': ['pytest>=8.3', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'ruff>=0.9', 'tensorboard>=2.19'],
     # Independent implementations for the live comparisons of tests/parity.
-    'parity': ['torch>=2.9', 'transformers==5.23.0', 'accelerate'],
+    'parity': ['torch>=2.9', 'transformers==5.23.0', 'accelerate', 'peft>=0.21'],
+    # `keye data build --runner`. Asks for older releases than the other tested sets have: constraints/py311-data.txt.
+    'data': ['apache-beam>=2.77,<3'],
     # Compilers for TPUs and GPUs on a machine that has neither.
     'aot': [f'jax[tpu]{JAX}', f'jax-cuda12-plugin{JAX}', f'jax-cuda12-pjrt{JAX}', 'nvidia-cuda-nvcc-cu12'],
     'tpu': [f'jax[tpu]{JAX}'],

@@ -10,6 +10,7 @@ a block.
 import bisect
 import functools
 import itertools
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,7 +20,9 @@ import numpy as np
 import xxhash
 
 from data_pipelines import sources
+from data_pipelines.corpus import shards
 from data_pipelines.errors import InputError
+from data_pipelines.schema import Example
 
 BLOCK = 1000       # so many places in a row hold every source's share exactly
 
@@ -49,11 +52,12 @@ def listed(data) -> list[Source]:
 
 
 class Rows:
-  """The rows of all sources, one after another: `len(rows)`, `rows[i]`. Picklable, safe to share between threads."""
+  """The rows of all sources, one after another: `len(rows)`, `rows[i]`. Picklable, safe to share between threads. A
+  source that is a folder is a built corpus, whose rows are samples already: `rows.sample(i)`."""
 
   def __init__(self, data):
     self.sources = listed(data)
-    self.files = [sources.Rows(s.path) for s in self.sources]
+    self.files = [shards.Corpus(s.path) if os.path.isdir(s.path) else sources.Rows(s.path) for s in self.sources]
     self.starts = [0, *itertools.accumulate(map(len, self.files))]      # of each source, then the end
     self._names = {str(s.path): s.name for s in self.sources}
 
@@ -63,6 +67,17 @@ class Rows:
   def __getitem__(self, i: int) -> sources.Row:
     rows, i = self._find(i)
     return rows[i]
+
+  def sample(self, i: int) -> Example | None:
+    """Row i when it is a sample already, of a built corpus. Raises BadRow."""
+    rows, i = self._find(i)
+    return rows.example(i) if isinstance(rows, shards.Corpus) else None
+
+  def check(self, data, patch: int, merge: int, words: str) -> None:
+    """Raises InputError when a source was built with other sampling than a run has; see shards.Corpus.check."""
+    for rows in self.files:
+      if isinstance(rows, shards.Corpus):
+        rows.check(data, patch, merge, words)
 
   def where(self, i: int) -> str:
     """'file:number' of row i."""
@@ -149,7 +164,11 @@ def fingerprints(data) -> dict[str, str]:
   sources are mixed."""
   mixed = listed(data)
   if not data.sources:
-    return {'rows or media of the dataset': sources.fingerprint(mixed[0].path)}
+    return {'rows or media of the dataset': _fingerprint(mixed[0].path)}
   weights = '\n'.join(f'{s.name}\0{count}' for s, count in zip(mixed, shares(mixed)))
-  return {f'rows or media of the source {s.name!r}': sources.fingerprint(s.path) for s in mixed} | {
+  return {f'rows or media of the source {s.name!r}': _fingerprint(s.path) for s in mixed} | {
       'weights of the mixture': xxhash.xxh3_128_hexdigest(weights.encode())}
+
+
+def _fingerprint(path) -> str:
+  return shards.fingerprint(path) if os.path.isdir(path) else sources.fingerprint(path)

@@ -1,7 +1,8 @@
 """From a file of rows to training batches and evaluation prompts, on grain (which imports jax; nothing here uses it).
 
 rows -> shuffle, a new order each epoch -> a stream's slice -> mix the sources (mixture.py) -> load media and tokenise
-(threads, or worker processes) -> pack a window of samples into rows -> batch -> read ahead (streams.py).
+(threads, or worker processes; of a built corpus, read the sample) -> pack a window of samples into rows -> batch ->
+read ahead (streams.py).
 
 The order depends on the seed, the number of streams and the shapes, on nothing else: not on the number of processes or
 workers or the cache. A row that cannot be used stays in the stream as a `Skip`, so positions, and with them exact
@@ -11,6 +12,7 @@ resume, do not depend on what was skipped; it is counted and the packer drops it
 """
 import collections
 import os
+import pathlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -100,8 +102,9 @@ def row_shape(data, patch: int = 14, merge: int = 2) -> packing.Shape:
 
 
 def open_tokenizer(data) -> tokenizer.Tokenizer:
-  """data.tokenizer's folder; without one, the folder of data.path if it has a tokenizer.json, else Keye's full one."""
-  beside = mixture.folder(data)
+  """data.tokenizer's folder; without one, that of a built corpus or the folder of data.path if it has a tokenizer.json,
+  else Keye's full one."""
+  beside = pathlib.Path(data.path) if os.path.isdir(data.path) else mixture.folder(data)
   return tokenizer.load(data.tokenizer or (beside if data.path and (beside / 'tokenizer.json').is_file() else ''))
 
 
@@ -156,6 +159,7 @@ class Load:
   def __init__(self, data, patch: int, merge: int, strict: bool):
     self.data, self.patch, self.merge, self.strict = data, patch, merge, strict
     self.rows, self.tokenizer, self.shape = mixture.Rows(data), open_tokenizer(data), row_shape(data, patch, merge)
+    self.rows.check(data, patch, merge, self.tokenizer.fingerprint())
     self._cache = Cache((data.cache_mb << 20) // max(data.workers, 1))
 
   def __call__(self, i: int) -> Example | Skip:
@@ -174,6 +178,8 @@ class Load:
 
   def example(self, i: int) -> Example:
     """The training sample of row i. Raises BadRow."""
+    if (built := self.rows.sample(i)) is not None:
+      return _grey(built) if self.data.grey else built
     return self.read(i)[0]
 
   def read(self, i: int) -> tuple[Example, list[chat.Turn]]:

@@ -20,7 +20,7 @@ from data_pipelines import chat, mrope, packing, pipeline, tokenizer
 from data_pipelines.errors import InputError
 from data_pipelines.images import patchify
 from data_pipelines.schema import Batch, Example
-from keye_jax import checkpoint, run_folder, sharding
+from keye_jax import adapters, checkpoint, run_folder, sharding
 from keye_jax.config import DataConfig, ModelConfig
 from keye_jax.hf import gguf, reader, writer
 from keye_jax.nn import head, keye
@@ -43,7 +43,8 @@ class Model:
 
 def load_pretrained(folder: str | os.PathLike, dtype: Dtype | None = None,
                     attention: Literal['dense', 'sparse'] | None = None) -> tuple[Model, dict[str, Any]]:
-  """Loads a Hugging Face folder, a Llama GGUF file, or the newest whole checkpoint of a run folder.
+  """Loads a Hugging Face folder, a Llama GGUF file, or the newest whole checkpoint of a run folder, whose adapters, if
+  it has any, are merged into their base.
 
   dtype: of weights and computation; None is float32 on CPU and bfloat16 on an accelerator. attention: None is what the
   model was saved with, sparse when it has an indexer. Under a mesh the parameters are born sharded.
@@ -55,7 +56,10 @@ def load_pretrained(folder: str | os.PathLike, dtype: Dtype | None = None,
   if checkpoint.is_run(folder):
     run = run_folder.read_config(folder)
     config = adapt(run.model)
-    params = checkpoint.load_params(folder, keye.param_shapes(config), warnings.warn).params
+    if run.lora.targets:
+      params = adapters.load(folder, run, config, lambda base: load_pretrained(base, dtype)[1])
+    else:
+      params = checkpoint.load_params(folder, keye.param_shapes(config), warnings.warn).params
     data = dataclasses.replace(run.data, tokenizer=run_tokenizer(folder, run.data), sources=())
     return Model(config, pipeline.open_tokenizer(data), data, folder, default_format(config)), params
   if folder.endswith('.gguf'):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from data_pipelines.errors import InputError
 from keye_jax import api, run_folder
 from keye_jax.config import ModelConfig, RunConfig
-from keye_jax.nn import counts, keye
+from keye_jax.nn import counts, keye, lora
 from keye_jax.objectives.sft import sft
 from keye_jax.steps import state as state_lib
 from keye_jax.steps.optimizer import make_optimizer, rates
@@ -36,10 +36,14 @@ def programs(config: RunConfig) -> Programs:
   tx = make_optimizer(config.optimizer)
   objective = sft(model.layout, train.balance_weight, train.indexer_weight)
   apply = functools.partial(keye.apply, model)
+  if config.lora.targets:
+    apply = lambda params, batch: keye.apply(model, lora.scaled(config.lora, params), batch)
   update = make_update(apply, objective, tx, train.accumulate)
 
   def around(params, key):
-    return state_lib.create(params, tx, train.freeze, model.dtype, key)
+    if config.lora.targets:
+      params = state_lib.merge(params, lora.init(config.lora, model, params, jax.random.fold_in(key, 1)))
+    return state_lib.create(params, tx, lora.freeze(config), model.dtype, key)
 
   def fresh(key):
     init_key, key = jax.random.split(key)
@@ -52,18 +56,21 @@ def programs(config: RunConfig) -> Programs:
 def first_state(config: RunConfig, made: Programs, say: Callable[[str], None]) -> State:
   """State of step 0: random parameters, or those of `train.init`. Says what is trained when that is not all of it."""
   key, init = jax.random.key(config.train.seed), config.train.init
-  state = made.around(initial_params(config.model, init, key, say), key) if init else made.fresh(key)
+  whole = bool(config.lora.targets)
+  state = made.around(initial_params(config.model, init, key, say, whole), key) if init else made.fresh(key)
   if state.frozen:
     named = lambda params: ', '.join(f'{part} {n:,}' for part, n in counts.parts(params).items() if n)
     say(f'{init or "new parameters"}: trains {named(state.train)}; frozen are {named(state.frozen)}')
   return state
 
 
-def initial_params(model: ModelConfig, folder: str, key: jax.Array, say: Callable[[str], None]) -> Any:
+def initial_params(model: ModelConfig, folder: str, key: jax.Array, say: Callable[[str], None],
+                   whole: bool = False) -> Any:
   """Parameters of a run folder, a Hugging Face folder or a GGUF file, for `model`.
 
   A part that the folder lacks (the indexers, or the vision encoder with its projector) is made new, and one that the
-  model lacks is left out; both are said. Raises InputError naming the first difference when anything else does not fit.
+  model lacks is left out; both are said. whole: nothing may be lacking, as a part that is new and frozen is of no use.
+  Raises InputError naming the first difference when anything else does not fit.
   """
   found, params = api.load_pretrained(folder, dtype=model.param_dtype)
   if differ := architecture_differences(found.config, model):
@@ -75,6 +82,9 @@ def initial_params(model: ModelConfig, folder: str, key: jax.Array, say: Callabl
     if theirs and not ours:
       say(f'{folder}: its {part.name} is left out, this model has none')
       params = state_lib.pick(params, lambda path: not part.holds(path))
+    if ours and not theirs and whole:
+      raise InputError(f'train.init: {folder} has no {part.name}, and beside adapters a new one would stay random; '
+                       'train it first')
     if ours and not theirs:
       say(f'{folder}: has no {part.name}; a new one is initialised')
       params = state_lib.merge(params, new_params(model, key, part.holds, params['layers']['attn_norm']))

@@ -41,6 +41,7 @@ class Restored(NamedTuple):
 class Params(NamedTuple):
   step: int
   params: dict[str, Any]     # nested dict
+  host: dict[str, Any]       # what process 0 gave to `save`
 
 
 class Checkpoints:
@@ -175,7 +176,18 @@ def load_params(run: str | os.PathLike, like: Any, report: Callable[[str], None]
   params = {}
   for keys, leaf in jax.tree_util.tree_flatten_with_path(loaded)[0]:
     _put(params, _name(keys).split('/')[1:], leaf)
-  return Params(int(path.name), params)
+  return Params(int(path.name), params, json.loads((path / 'host_0.json').read_text()))
+
+
+def digest(run: str | os.PathLike) -> str:
+  """One digest of everything in a run folder's newest whole checkpoint, whose files are read. Raises InputError when
+  there is none."""
+  found = _newest(pathlib.Path(run).absolute() / FOLDER, lambda line: None)
+  if found is None:
+    raise InputError(f'{run}: there is no whole checkpoint in this run folder')
+  path, _ = found
+  files = [_digest(path, i)['files'] for i in range(_digest(path, 0)['processes'])]
+  return xxhash.xxh3_128(json.dumps([int(path.name), files], sort_keys=True).encode()).hexdigest()
 
 
 def is_run(folder: str | os.PathLike) -> bool:
@@ -202,7 +214,7 @@ def damage(path: pathlib.Path) -> str | None:
   def wrong(item):
     name, expected = item
     try:
-      return None if _hash(path / name) == expected else f'{name} differs from its digest'
+      return None if hash_file(path / name) == expected else f'{name} differs from its digest'
     except OSError as e:
       return f'{name}: {e.strerror}'
 
@@ -247,7 +259,7 @@ def _write_digests(path: pathlib.Path) -> None:
     name = file.relative_to(path).as_posix()
     writer = re.search(r'(?:process_|^host_)(\d+)', name)
     if int(writer.group(1) if writer else 0) == me and not name.startswith('digest_'):
-      files[name] = _hash(file)
+      files[name] = hash_file(file)
   final = path / f'digest_{me}.json'
   part = final.with_suffix('.part')
   with open(part, 'w') as f:
@@ -273,7 +285,8 @@ def _complete(path: pathlib.Path) -> bool:
   return all((path / f'digest_{i}.json').exists() for i in range(first['processes']))
 
 
-def _hash(file: pathlib.Path) -> str:
+def hash_file(file: pathlib.Path) -> str:
+  """xxh3 of a file's bytes."""
   digest = xxhash.xxh3_128()
   with open(file, 'rb') as f:
     while chunk := f.read(_CHUNK):

@@ -153,7 +153,7 @@ class TrainConfig:
   batch: int = 8                  # rows per step, all hosts together
   accumulate: int = 1             # micro-batches per step
   seed: int = 0
-  freeze: tuple[str, ...] = ()    # parameter path prefixes, e.g. ('vision',)
+  freeze: tuple[str, ...] = ()    # parameter path prefixes, e.g. ('vision',); beside adapters all is frozen already
   balance_weight: float = 0.001   # router load balance
   indexer_weight: float = 1.0     # only scales the indexer's own step
   max_bad_steps: int = 10         # stop after so many skipped steps in a row
@@ -168,17 +168,26 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank adapters beside a frozen base (arXiv 2106.09685): W + alpha / rank * A B, only A and B are trained."""
+  targets: tuple[str, ...] = ()   # patterns of paths, e.g. ('layers/attn/*',), see keye_jax/nn/lora.py; (): no adapters
+  rank: int = 8
+  alpha: float = 16.0
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
   model: ModelConfig = ModelConfig()
   mesh: MeshConfig = MeshConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   data: DataConfig = DataConfig()
   train: TrainConfig = TrainConfig()
+  lora: LoraConfig = LoraConfig()
 
 
 def check(config: RunConfig) -> RunConfig:
   """`config` itself. Raises InputError naming the keys that contradict each other; types are `freeze`'s business."""
-  text, vision, train = config.model.text, config.model.vision, config.train
+  text, vision, train, lora = config.model.text, config.model.vision, config.train, config.lora
   faults = [
       (config.model.attention != 'dense' and not text.indexer.heads,
        f'model.attention = {config.model.attention!r} needs an indexer; set model.text.indexer.heads'),
@@ -203,6 +212,8 @@ def check(config: RunConfig) -> RunConfig:
       (bool(train.heldout) != (train.eval_every > 0),
        f'train.heldout = {train.heldout!r} and train.eval_every = {train.eval_every} need each other'),
       (train.patience and not train.heldout, f'train.patience = {train.patience} needs train.heldout'),
+      (lora.rank < 1, f'lora.rank = {lora.rank} must be at least 1; lora.targets = () is without adapters'),
+      (lora.alpha <= 0, f'lora.alpha = {lora.alpha} must be above 0'),
       *((getattr(train, key) < 1, f'train.{key} = {getattr(train, key)} must be at least 1')
         for key in ('steps', 'batch', 'accumulate', 'log_every', 'save_every', 'keep', 'max_bad_steps'))]
   for wrong, message in reversed(faults):       # a number below 1 first: the others are about larger ones

@@ -11,7 +11,7 @@ import jax
 
 from data_pipelines import mixture, pipeline
 from data_pipelines.errors import InputError
-from keye_jax import checkpoint, feed, run_folder
+from keye_jax import adapters, checkpoint, feed, run_folder
 from keye_jax.config import DataConfig, RunConfig
 from keye_jax.metrics import Window, say
 from keye_jax.steps.state import State
@@ -22,13 +22,14 @@ BEST = 'best'
 class Trial:
   """Evaluates `train.heldout`, keeps the best parameters and counts evaluations since.
 
-  measure: see `steps.update.make_measure`. judged: as it was in the checkpoint that the run goes on from, or {}. Raises
-  InputError when the file is missing or has another tokenizer beside it.
+  measure: see `steps.update.make_measure`. judged: as it was in the checkpoint that the run goes on from, or {}. base:
+  of a run with adapters, see `adapters.reference`. Raises InputError when the file is missing or has another tokenizer
+  beside it.
   """
 
   def __init__(self, config: RunConfig, out: pathlib.Path, measure: Callable[[Any, Any, Any], Any],
-               judged: dict[str, Any]):
-    self.config, self.out, self.measure = config, out, measure
+               judged: dict[str, Any], base: dict[str, Any]):
+    self.config, self.out, self.measure, self.base = config, out, measure, base
     self.rows = config.train.batch // config.train.accumulate       # at a time: what is known to fit
     self.part = feed.share(config.model.layout, self.rows)
     # best: lowest value so far, of step `step`; worse: evaluations in a row since then
@@ -72,7 +73,7 @@ class Trial:
       best.mkdir(parents=True, exist_ok=True)
       run_folder.write_config(best, self.config)
       self.words.save(best)
-    checkpoints.save(step, state, {})
+    checkpoints.save(step, adapters.without_base(self.config, state), self.base)
     checkpoints.wait()
 
 

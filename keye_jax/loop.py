@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from data_pipelines import pipeline, streams
 from data_pipelines.errors import InputError
-from keye_jax import begin, checkpoint, feed, heldout, run_folder, watch
+from keye_jax import adapters, begin, checkpoint, feed, heldout, run_folder, watch
 from keye_jax.config import RunConfig
 from keye_jax.meter import Meter
 from keye_jax.metrics import Compilations, Progress, Writer, say, say_anywhere
@@ -51,9 +51,10 @@ def train(config: RunConfig, out: str | os.PathLike, wandb: str = '', profile: b
                                              report=say_anywhere))
     checkpoints, made = checkpoint.Checkpoints(out, t.keep, say), begin.programs(config)
     meter = Meter(t.max_bad_steps, t.spike_factor)
-    kept = {'config': dataclasses.asdict(config), 'dataset': pipeline.fingerprints(config.data)}
-    state, step, judged = start(config, out, made, checkpoints, batches, meter, kept['dataset'])
-    trial = heldout.Trial(config, out, made.measure, judged) if t.heldout else None
+    base = adapters.reference(config)
+    kept = {'config': dataclasses.asdict(config), 'dataset': pipeline.fingerprints(config.data)} | base
+    state, step, judged = start(config, out, made, checkpoints, batches, meter, kept)
+    trial = heldout.Trial(config, out, made.measure, judged, base) if t.heldout else None
     enough = lambda: trial is not None and trial.enough
     writer = closing(Writer(out, step, kept['config'], wandb))
     progress = closing(Progress('train', step, t.steps))
@@ -88,7 +89,8 @@ def train(config: RunConfig, out: str | os.PathLike, wandb: str = '', profile: b
       if ended or stopped or enough() or step % t.save_every == 0:
         meter.settle()
         with meter.timed('save'):
-          checkpoints.save(step, state, kept | {'data': batches.get_state(), 'meter': meter.saved(), 'heldout': judged})
+          checkpoints.save(step, adapters.without_base(config, state),
+                           kept | {'data': batches.get_state(), 'meter': meter.saved(), 'heldout': judged})
       checkpoints.check()
       if stopped:
         break
@@ -108,9 +110,9 @@ def train(config: RunConfig, out: str | os.PathLike, wandb: str = '', profile: b
 
 
 def start(config: RunConfig, out: pathlib.Path, made: begin.Programs, checkpoints: checkpoint.Checkpoints, batches,
-          meter: Meter, dataset: dict[str, str]) -> tuple[State, int, dict[str, Any]]:
+          meter: Meter, kept: dict[str, Any]) -> tuple[State, int, dict[str, Any]]:
   """State, step and how the held-out evaluations went, to go on from: those of the newest whole checkpoint, else of
-  step 0. Writes RUN/config.json."""
+  step 0. Writes RUN/config.json. kept: what this run's checkpoints will say of dataset and base."""
   words = pipeline.open_tokenizer(config.data)
   if words.size > config.model.text.vocab:
     raise InputError(f'{config.data.path}: its tokenizer has {words.size} tokens, more than model.text.vocab = '
@@ -120,7 +122,7 @@ def start(config: RunConfig, out: pathlib.Path, made: begin.Programs, checkpoint
   if checkpoints.exist():
     for line in run_folder.check_same(out, config):
       say(f'{out}: going on with another {line}')
-    found = checkpoints.restore(jax.eval_shape(made.fresh, jax.random.key(0)))
+    found = checkpoints.restore(adapters.without_base(config, jax.eval_shape(made.fresh, jax.random.key(0))))
   if found is None:
     state, step = begin.first_state(config, made, say), 0
   else:
@@ -129,9 +131,12 @@ def start(config: RunConfig, out: pathlib.Path, made: begin.Programs, checkpoint
       raise InputError(f'{out}: holds a model, not a run to go on with; start from it: --config.train.init={out} and '
                        'another --out')
     for what, then in found.hosts[0]['dataset'].items():
-      if then != (now := dataset.get(what, 'absent')):
+      if then != (now := kept['dataset'].get(what, 'absent')):
         raise InputError(f'{config.data.path}: the {what} changed since the checkpoint of step {step} (fingerprint '
                          f'{then[:8]}, now {now[:8]}); bring them back, or start again with another --out')
+    if config.lora.targets:
+      adapters.check_base(out, found.hosts[0]['base'], kept['base'])
+      state = state._replace(frozen=begin.first_state(config, made, say).frozen)
     batches.set_state(streams.join([host['data'] for host in found.hosts]))
     meter.restore(found.hosts[0]['meter'])
     judged = found.hosts[0].get('heldout', {})

@@ -48,7 +48,8 @@ def check_same(run: str | os.PathLike, config: RunConfig) -> list[str]:
   Returns 'key: old -> new' for the keys that may differ and do. Raises InputError naming every other one.
   """
   changed = differences(read_config(run), config)
-  free = lambda key: key in FREE or (key.startswith('data.sources.') and key.endswith('.path'))
+  free = lambda key: key in FREE or (key.startswith('data.sources.') and key.endswith('.path')) or (
+      key == 'train.init' and config.lora.targets)        # where the base lies; what it is, its digest says
   if refused := {k: v for k, v in changed.items() if not free(k)}:
     text = '; '.join(f'{k} was {old!r}, now {new!r}' for k, (old, new) in refused.items())
     raise InputError(f'{run}: this run was started with another config: {text}. Use the same, or another --out')

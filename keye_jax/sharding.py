@@ -8,6 +8,7 @@ Without a mesh every helper here is the identity, and the same model runs as a p
 """
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 from jax.experimental import mesh_utils
@@ -105,10 +106,30 @@ def local(fn: Callable, layout: str, in_axes: tuple, out_axes) -> Callable:
                        out_specs=jax.tree.map(to_spec, out_axes, is_leaf=is_axes), check_vma=False)
 
 
-def param(module, name: str, init: Callable, shape: tuple[int, ...], axes: tuple, config) -> jax.Array:
-  """Declares a parameter that is born sharded; returns it gathered (experts stay apart) in the compute dtype."""
+class Adapted(NamedTuple):
+  """A weight with a low-rank pair beside it (`nn/lora.py`): what is meant is w + a b, and nobody forms that sum.
+
+  Leading axes of experts are common to all three; then w is [in..., out...], a [in..., rank], b [rank, out...].
+  """
+  w: jax.Array
+  a: jax.Array
+  b: jax.Array
+
+
+ADAPTER = '_lora'             # ends the name of the pair beside a weight: 'q_lora' holds {'a', 'b'} of 'q'
+
+
+def param(module, name: str, init: Callable, shape: tuple[int, ...], axes: tuple, config) -> jax.Array | Adapted:
+  """Declares a parameter that is born sharded; returns it gathered (experts stay apart) in the compute dtype, with its
+  adapter where the parameters hold one."""
   value = module.param(name, lambda key: constrain(init(key, shape, config.param_dtype), config.layout, *axes))
-  return gather(value, axes, config)
+  weight = gather(value, axes, config)
+  pair = module.get_variable('params', name + ADAPTER)
+  if pair is None:
+    return weight
+  stack, inner = int(axes[0] == 'experts'), pair['a'].ndim - 1
+  return Adapted(weight, gather(pair['a'], axes[:inner] + (None,), config),
+                 gather(pair['b'], axes[:stack] + (None,) + axes[inner:], config))
 
 
 def gather(value: jax.Array, axes: tuple, config) -> jax.Array:

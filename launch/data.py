@@ -5,9 +5,11 @@
     keye data check rows.jsonl                      reads every row and every medium, lists what cannot be used
     keye data stats rows.jsonl --plot a.png         lengths, durations and kinds, also as a picture
     keye data import --format charades-sta charades_sta_test.txt --videos DIR --out rows.jsonl
+    keye data build rows.jsonl --out DIR            decoded, deduplicated, kept apart from evaluation sets, in shards
     keye data sheet --data rows.jsonl --out a.png   one FrameForge clip with its questions, as a picture
 """
 import argparse
+import base64
 import json
 import os
 import pathlib
@@ -17,7 +19,7 @@ from tqdm import tqdm
 
 from data_pipelines import annotations, frameforge, sources, tokenizer
 from data_pipelines.errors import InputError
-from launch import data_check, data_plot
+from launch import data_build, data_check, data_plot
 from launch.run_config import HELP, load
 
 SHOWN = 20      # unusable rows that are printed
@@ -42,15 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind.add_argument('--workers', type=int, default=os.cpu_count(), help='processes; default: one a core')
   bring = kinds.add_parser('import', help='turn the annotations of a public dataset into rows')
   bring.add_argument('file', help='the annotation file as published')
-  bring.add_argument('--format', required=True, choices=annotations.FORMATS)
-  bring.add_argument('--videos', required=True, help='folder with the videos, or folders of them')
+  bring.add_argument('--format', required=True, choices=[*annotations.FORMATS, 'tfds'],
+                     help='tfds: the file is a folder NAME/VERSION of data_pipelines/builders')
+  bring.add_argument('--videos', default='', help='folder with the videos, or folders of them; not of tfds')
   bring.add_argument('--out', required=True, help='JSONL file to write')
+  build = kinds.add_parser('build', help='make shards that training reads: no duplicate, nothing of an evaluation set')
+  data_build.add_arguments(build)
   sheet = kinds.add_parser('sheet', help='draw one clip of a FrameForge file')
   sheet.add_argument('--row', type=int, default=0, help='which, from 0')
   sheet.add_argument('--out', required=True, help='PNG file')
   for kind in (words, sheet):
     kind.add_argument('--data', required=True, help='file of rows')
-  for kind in (forge, words, check, stats, bring):
+  for kind in (forge, words, check, stats, bring, build):
     kind.add_argument('--json', action='store_true', help='one JSON object on stdout')
 
 
@@ -76,13 +81,18 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
       if (more := len(made['unusable']) - SHOWN) > 0 and args.kind == 'check':
         lines.append(f'and {more} more; --json lists all')
     case 'import':
-      made = bring(args.format, args.file, args.videos, args.out)
+      if bool(args.videos) == (args.format == 'tfds'):
+        raise InputError('--videos: name the folder with the videos; only a TFDS dataset knows itself where they are')
+      made = bring(args.format, args.file, args.videos, args.out) if args.videos else tfds(args.file, args.out)
       lines = [f'{args.out}: {made["rows"]} rows, {made["questions"]} questions']
       if made['missing']:
         lines.append(f'{len(made["missing"])} videos are not in {args.videos}: {", ".join(made["missing"][:SHOWN])}')
       lines += made['unusable'][:SHOWN]
       if len(made['unusable']) > SHOWN or len(made['missing']) > SHOWN:
         lines.append('--json lists all')
+    case 'build':
+      made = data_build.build(args, config_args)
+      lines = data_build.lines(made, args.out)
     case 'sheet':
       rows = sources.Rows(args.data)
       if not 0 <= args.row < len(rows):
@@ -109,15 +119,37 @@ def bring(name: str, file: str, videos: str, out: str) -> dict:
   """
   found = list(annotations.read(name, file))
   asked = [one for one in found if not isinstance(one, str)]
-  path, here = pathlib.Path(out), pathlib.Path(out).resolve().parent
-  there = {stem: pathlib.Path(v).resolve() for stem, v in annotations.find_videos(videos).items()}
-  names = {stem: str(v.relative_to(here) if v.is_relative_to(here) else v) for stem, v in there.items()}
+  names = {stem: _beside(video, out) for stem, video in annotations.find_videos(videos).items()}
   rows = list(annotations.rows(asked, names))
   if not rows:
     raise InputError(f'{videos}: holds none of the {len({one.video for one in asked})} videos that {file} asks about, '
                      f'such as {asked[0].video if asked else "(none)"}.mp4')
+  return _written(rows, out) | {
+      'missing': [v for v in dict.fromkeys(one.video for one in asked) if v not in names],
+      'unusable': [one for one in found if isinstance(one, str)]}
+
+
+def tfds(folder: str, out: str) -> dict:
+  """Writes the rows of a TFDS dataset (its split train), as `bring` does; pictures go into the file. Raises InputError
+  when there is none."""
+  from data_pipelines import builders  # imports tensorflow_datasets, which takes seconds
+  rows = list(builders.rows(folder))
+  for row in rows:
+    if 'images' in row:
+      row['images'] = [f'data:;base64,{base64.b64encode(image).decode()}' for image in row['images']]
+    else:
+      row['videos'] = [_beside(video, out) for video in row['videos']]
+  return _written(rows, out) | {'missing': [], 'unusable': []}
+
+
+def _beside(video: str, out: str) -> str:
+  """The path of a video, relative to the file of rows when it lies below its folder."""
+  video, here = pathlib.Path(video).resolve(), pathlib.Path(out).resolve().parent
+  return str(video.relative_to(here) if video.is_relative_to(here) else video)
+
+
+def _written(rows: Sequence[dict], out: str) -> dict:
+  path = pathlib.Path(out)
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows), 'utf-8')
-  return {'rows': len(rows), 'questions': sum(len(row['branches']) for row in rows),
-          'missing': [v for v in dict.fromkeys(one.video for one in asked) if v not in names],
-          'unusable': [one for one in found if isinstance(one, str)]}
+  return {'rows': len(rows), 'questions': sum(len(row['branches']) for row in rows)}

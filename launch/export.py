@@ -5,8 +5,8 @@ import os
 from collections.abc import Sequence
 
 from data_pipelines.errors import InputError
-from keye_jax import api
-from keye_jax.hf import names, writer
+from keye_jax import adapters, api, run_folder
+from keye_jax.hf import names, peft, writer
 from keye_jax.hf.card import Card
 from keye_jax.hf.config import read_json
 
@@ -14,6 +14,8 @@ from keye_jax.hf.config import read_json
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--model', required=True, help='run folder, Hugging Face folder, or Llama GGUF file')
   parser.add_argument('--out', required=True, help='folder to write; must not exist')
+  parser.add_argument('--adapter', action='store_true', help='of a run with adapters those alone, as PEFT stores them; '
+                      'without this they are merged into the base')
   parser.add_argument('--format', choices=names.FORMATS, help='default: the one that holds the model')
   parser.add_argument('--dtype', choices=('bfloat16', 'float32'), default='bfloat16', help='of the stored weights')
   parser.add_argument('--shard-bytes', type=int, default=writer.SHARD_BYTES, help='largest shard')
@@ -32,6 +34,8 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
     raise InputError(f'{args.scores}: {bad[0]!r} is not a number')
   if os.path.exists(args.out):
     raise InputError(f'{args.out}: already exists; remove it or export to another folder')
+  if args.adapter:
+    return adapter(args)
   # weights are read in the precision that they are written in, so nothing is rounded on the way
   model, params = api.load_pretrained(args.model, args.dtype)
   card = Card(args.title, args.made or f'Exported from {args.model}.', scores, '', args.licence)
@@ -41,4 +45,18 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   facts = {'folder': args.out, 'format': fmt, 'dtype': args.dtype, 'bytes': size, 'files': sorted(os.listdir(args.out))}
   print(json.dumps(facts) if args.json else
         f'{args.out}: {fmt}, {args.dtype}, {size / 1e6:.1f} MB in {len(facts["files"])} files')
+  return 0
+
+
+def adapter(args: argparse.Namespace) -> int:
+  """Writes the PEFT folder. Its weights are float32, as they are trained."""
+  config = run_folder.read_config(args.model)
+  if not config.lora.targets:
+    raise InputError(f'{args.model}: was trained without adapters; leave out --adapter')
+  own = adapters.trained(args.model, config, config.model)
+  fmt = args.format or api.default_format(config.model)
+  peft.export(args.out, config, own.params, fmt, own.host['base']['path'])
+  facts = {'folder': args.out, 'format': fmt, 'rank': config.lora.rank, 'base': own.host['base']['path'],
+           'files': sorted(os.listdir(args.out))}
+  print(json.dumps(facts) if args.json else f'{args.out}: adapters of rank {config.lora.rank} for {facts["base"]}')
   return 0

@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 
 from data_pipelines.errors import InputError
-from keye_jax.config import RunConfig, freeze, to_dict
+from keye_jax.config import MeshConfig, RunConfig, freeze, to_dict
 from keye_jax.nn import counts
 from launch.run_config import load
 
@@ -116,6 +116,8 @@ def test_a_wrong_override_gives_one_line(override, message):
     (['train.accumulate=0'], 'train.accumulate = 0 must be at least 1'),
     (['train.heldout=x'], "train.heldout = 'x' and train.eval_every = 0 need each other"),
     (['train.patience=2'], 'train.patience = 2 needs train.heldout'),
+    (['lora.rank=0'], 'lora.rank = 0 must be at least 1; lora.targets = () is without adapters'),
+    (['lora.alpha=0'], 'lora.alpha = 0.0 must be above 0'),
     (['train.save_every=0'], 'train.save_every = 0 must be at least 1'),
 ])
 def test_keys_that_contradict_each_other_are_named(overrides, message):
@@ -154,3 +156,6 @@ def test_the_configs_describe_what_they_say():
   full = load('configs/sft.py:30b')
   assert full.data.vision_rows * full.data.vision_patches // 4 >= full.data.video_tokens
   assert full.train.batch % (full.mesh.data * full.mesh.expert) == 0
+  one = load('configs/sft.py:30b,lora')
+  assert one.mesh == MeshConfig() and one.data.vision_patches // 4 >= max(one.data.video_tokens,
+                                                                          one.data.image_tokens_max)

@@ -12,10 +12,10 @@ from launch import cli, kernels_page, results, retrofit_page, scale_page
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = ['README.md', 'CONTRIBUTING.md', 'docs/papers.md', 'docs/kernels.md', 'docs/scale.md', 'docs/lossless.md',
-         'docs/failures.md']
+         'docs/failures.md', 'docs/data.md']
 FOLDERS = ('', 'pallas_kernels', 'data_pipelines', 'keye_jax', 'tests/data_pipelines')
 # What the documentation names without promising that it lies in the checkout.
-ELSEWHERE = re.compile(r'runs/|~/|report\.html$|reference\.py$|xla\.py$|tpu\.py$|gpu\.py$|__init__\.py$|utils\.py$')
+ELSEWHERE = re.compile(r'runs/|~/|report\.html$|dataset\.json$|(reference|xla|tpu|gpu|__init__|utils)\.py$')
 
 
 @pytest.mark.parametrize('page', PAGES)

@@ -29,7 +29,7 @@ def pins(name: str) -> dict[str, str]:
 
 
 def test_tested_sets_exist():
-  assert set(SETS) == {'py311', 'py312', 'py312-gpu'}
+  assert set(SETS) == {'py311', 'py311-data', 'py312', 'py312-gpu'}
 
 
 @pytest.mark.parametrize('name', SETS)
@@ -37,6 +37,8 @@ def test_tested_set_pins_what_make_installs_inside_the_ranges(name, metadata):
   wanted = metadata['install_requires'] + metadata['extras_require']['demo'] + metadata['extras_require']['test']
   if name.endswith('gpu'):
     wanted = wanted + metadata['extras_require']['gpu']
+  if name.endswith('data'):
+    wanted = wanted + metadata['extras_require']['data']
   pinned = pins(name)
   for requirement in map(Requirement, wanted):
     version = pinned.get(normal(requirement.name))
@@ -61,7 +63,7 @@ def test_every_package_of_the_tree_is_installed(metadata):
 
 
 def test_extras_and_entry_point(metadata):
-  assert set(metadata['extras_require']) == {'test', 'aot', 'parity', 'tpu', 'gpu', 'cluster', 'demo'}
+  assert set(metadata['extras_require']) == {'test', 'aot', 'parity', 'tpu', 'gpu', 'cluster', 'demo', 'data'}
   assert metadata['entry_points'] == {'console_scripts': ['keye = launch.cli:entry']}
   from launch import cli
   assert callable(cli.entry)

@@ -53,17 +53,17 @@ def export(folder: str, cfg: ModelConfig, params: Mapping[str, Any], tokenizer: 
     raise InputError(str(e)) from None
   flat = flatten(params)
   check(flat, table)
-  with _renamed_when_whole(folder, sum(_bytes(t, dtype) for t in table)) as part:
+  with renamed_when_whole(folder, sum(_bytes(t, dtype) for t in table)) as part:
     ids = token_ids(tokenizer, cfg)
-    _json(part, 'config.json', config.to_hf(cfg, fmt, dtype, ids))
+    write_json(part, 'config.json', config.to_hf(cfg, fmt, dtype, ids))
     stops = list(tokenizer.stop_ids)
-    _json(part, 'generation_config.json', {k: ids[k] for k in ('bos_token_id', 'pad_token_id') if k in ids} | {
+    write_json(part, 'generation_config.json', {k: ids[k] for k in ('bos_token_id', 'pad_token_id') if k in ids} | {
         'eos_token_id': stops, 'do_sample': False})
     write_weights(part, flat, table, dtype, shard_bytes)
     tokenizer.save(part)
     if cfg.vision.layers:
       for name, content in processor.to_hf(cfg.vision, data).items():
-        _json(part, name, content)
+        write_json(part, name, content)
     count = sum(int(np.prod(leaf.shape)) for leaf in flat.values())
     with open(os.path.join(part, 'README.md'), 'w', encoding='utf-8') as f:
       f.write(render(card or Card(), cfg, fmt, count, dtype))
@@ -89,7 +89,7 @@ def write_weights(folder: str, flat: Mapping[str, Any], table: list[names.Tensor
       value = flat[piece.path]
       host[piece.path] = value if isinstance(value, Unread) else np.asarray(value)
     save_file({t.name: stored(t, host, dtype) for t in shard}, os.path.join(folder, file), {'format': 'pt'})
-  _json(folder, 'model.safetensors.index.json', {
+  write_json(folder, 'model.safetensors.index.json', {
       'metadata': {'total_size': sum(_bytes(t, dtype) for t in table)},
       'weight_map': {t.name: file for file, shard in zip(files, shards) for t in shard}})
 
@@ -135,14 +135,14 @@ def _bytes(tensor: names.Tensor, dtype: str) -> int:
   return int(np.prod(tensor.shape)) * DTYPES[dtype].itemsize
 
 
-def _json(folder: str, name: str, content: Mapping[str, Any]) -> None:
+def write_json(folder: str, name: str, content: Mapping[str, Any]) -> None:
   with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:
     json.dump(content, f, indent=2, ensure_ascii=False)
     f.write('\n')
 
 
 @contextlib.contextmanager
-def _renamed_when_whole(folder: str, size: int) -> Iterator[str]:
+def renamed_when_whole(folder: str, size: int) -> Iterator[str]:
   """A hidden folder beside `folder` that takes its name on success and vanishes on failure."""
   parent, name = os.path.split(os.path.abspath(folder))
   part = os.path.join(parent, f'.{name}.part-{os.getpid()}')

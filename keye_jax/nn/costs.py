@@ -4,7 +4,8 @@ A row is taken to hold one sample: its queries see, on average over the row, hal
 samples cost less. Experts are taken to get equal shares.
 
 B batch, T query time, S key time, H query heads, G KV heads, K head dim, N stacked queries of a KV head, I indexer
-heads, J indexer head dim; of experts: N rows, D embed, F ffn, E experts of this device, K picks of a row among all.
+heads, J indexer head dim; of experts: N rows, D embed, F ffn, E experts of this device, K picks of a row among all,
+G and A ranks of the adapters beside gate_up and down.
 """
 import math
 from collections.abc import Callable
@@ -58,15 +59,30 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
       return Cost(2.0 * B * keys * (G * N * K + I * T * J * index_products), bytes=read + ends)
     return rule
 
+  def computed(N, E, K) -> float:
+    """Picks: of rows with one each, mine and room for more; else of rows of all devices."""
+    return N * K / config.experts_capacity if travels else N * K * E / experts
+
   def routed(forward: bool):
     def rule(N, D, E, F, K, width) -> Cost:
-      # rows with one pick each, mine and room for more; else rows of all devices
-      picks = N * K / config.experts_capacity if travels else N * K * E / experts
+      picks = computed(N, E, K)
       tiles, weights = picks / grouped.MAX_TILE + E, 3 * D * F
       rows = picks * width * (4 * D + 2 * F)               # rows in, hidden values out or in, results out and in
       if forward:
         return Cost(2.0 * picks * weights, bytes=rows + tiles * weights * width)
       return Cost(4.0 * picks * weights, bytes=2 * rows + tiles * weights * (width + 2 * FLOAT))
+    return rule
+
+  def adapted(forward: bool):
+    """G, A: ranks beside gate_up and down. Backward has no gradient of the matrices, and forms x A again."""
+    def rule(N, D, E, F, K, G, A, width) -> Cost:
+      picks = computed(N, E, K)
+      tiles, weights, pairs = picks / grouped.MAX_TILE + E, 3 * D * F, G * (D + 2 * F) + A * (F + D)
+      rows = picks * width * (4 * D + 2 * F)
+      if forward:
+        return Cost(2.0 * picks * (weights + pairs), bytes=rows + tiles * (weights + pairs) * width)
+      return Cost(2.0 * picks * (weights + 2 * pairs + G * D + A * F),
+                  bytes=2 * rows + tiles * (weights * width + pairs * (width + 2 * FLOAT)))
     return rule
 
   return {
@@ -75,7 +91,8 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
       'dsa_attention_forward': sparse(2, 0), 'dsa_attention_backward': sparse(5, 0),
       'dsa_attention_forward_kl': sparse(3, 1), 'dsa_attention_backward_kl': sparse(5, 3),
       'indexer_warmup_forward': warmup(1), 'indexer_warmup_backward': warmup(3),
-      'routed_swiglu_forward': routed(True), 'routed_swiglu_backward': routed(False)}
+      'routed_swiglu_forward': routed(True), 'routed_swiglu_backward': routed(False),
+      'adapted_swiglu_forward': adapted(True), 'adapted_swiglu_backward': adapted(False)}
 
 
 def causal(T: int, S: int) -> float:

@@ -5,10 +5,12 @@ B batch, T time, N flattened tokens, D embed, E experts (of this device), F ffn,
 import functools
 
 import flax.linen as nn
+import jax
 
 from keye_jax import sharding
 from keye_jax.config import ModelConfig
 from keye_jax.nn import layers, router, transport
+from keye_jax.sharding import Adapted
 
 
 class Mlp(nn.Module):
@@ -33,7 +35,10 @@ class Mlp(nn.Module):
 
 
 def moe(config: ModelConfig, x_BTD, routing: router.Routing, gate_up_EDF2, down_EFD):
-  """(weighted sum of each token's experts, picks that the transport dropped or None where it drops none)."""
+  """(weighted sum of each token's experts, picks that the transport dropped or None where it drops none).
+
+  Either matrix may be `Adapted`: then each expert has a low-rank pair of its own.
+  """
   name = config.experts_transport
   if not sharding.has_mesh():
     name = 'local'
@@ -49,8 +54,17 @@ def moe(config: ModelConfig, x_BTD, routing: router.Routing, gate_up_EDF2, down_
     y_ND, dropped_N = carry(flat(x_BTD), flat(expert_BTK), flat(weight_BTK), gate_up_EDF2, down_EFD)
     return y_ND.reshape(x_BTD.shape), dropped_N.reshape(B, T)
 
+  if isinstance(gate_up_EDF2, Adapted) or isinstance(down_EFD, Adapted):
+    gate_up_EDF2, down_EFD = full(gate_up_EDF2), full(down_EFD)
   tokens = ('batch', 'seq', None)
-  in_axes = (tokens, tokens, tokens, ('experts', None, None), ('experts', None, None))
-  y_BTD, dropped_BT = sharding.local(fn, config.layout, in_axes, (tokens, tokens[:2]))(
+  matrices = jax.tree.map(lambda a: ('experts', None, None), (gate_up_EDF2, down_EFD))
+  y_BTD, dropped_BT = sharding.local(fn, config.layout, (tokens, tokens, tokens, *matrices), (tokens, tokens[:2]))(
       x_BTD, routing.expert_BTK, routing.weight_BTK, gate_up_EDF2, down_EFD)
   return y_BTD, dropped_BT.sum() if name in ('padded', 'ragged') else None
+
+
+def full(w_EAB: jax.Array | Adapted) -> Adapted:
+  """A weight with its adapter, or with one of rank 0."""
+  if isinstance(w_EAB, Adapted):
+    return w_EAB
+  return Adapted(w_EAB, w_EAB[:, :, :0], w_EAB[:, :0])

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen import initializers
 
+from keye_jax.sharding import Adapted
 from pallas_kernels.equation import ATTENTION
 
 
@@ -27,12 +28,14 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
   return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def project(x: jax.Array, w: jax.Array, axes: int = 1) -> jax.Array:
-  """Contracts the last `axes` dimensions of x with the first of w.
+def project(x: jax.Array, w: jax.Array | Adapted, axes: int = 1) -> jax.Array:
+  """Contracts the last `axes` dimensions of x with the first of w; with an adapter x W + (x A) B.
 
   One row, as in decoding, is a multiply and a sum: XLA for CPUs inlines the reshaped weight into a one-row dot and then
   walks it by columns, 7 times slower. Under a mesh it stays a dot, whose sharding jax knows.
   """
+  if isinstance(w, Adapted):
+    return project(x, w.w, axes) + project(project(x, w.a, axes), w.b)
   rows, width = x.shape[:x.ndim - axes], math.prod(w.shape[:axes])
   if math.prod(rows) != 1 or not jax.typeof(x).sharding.mesh.empty:
     return jnp.tensordot(x, w, axes)
@@ -40,7 +43,7 @@ def project(x: jax.Array, w: jax.Array, axes: int = 1) -> jax.Array:
   return y.astype(x.dtype).reshape(rows + w.shape[axes:])
 
 
-def swiglu(x_BTD: jax.Array, gate_up_DF2: jax.Array, down_FD: jax.Array) -> jax.Array:
+def swiglu(x_BTD: jax.Array, gate_up_DF2: jax.Array | Adapted, down_FD: jax.Array | Adapted) -> jax.Array:
   """silu(x W_gate) * (x W_up) W_down; the gate is the first half of gate_up's columns."""
   gate, up = jnp.split(project(x_BTD, gate_up_DF2), 2, -1)
   return project(jax.nn.silu(gate) * up, down_FD)

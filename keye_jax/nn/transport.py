@@ -2,7 +2,8 @@
 
 Each transport runs inside `shard_map`, on a device's own tokens and experts, and has one signature:
 (x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD) -> (y_ND, dropped_N), the weighted sum of each token's experts and
-how many of its picks nobody computed. Expert ids count over all devices; an id beyond them is padding.
+how many of its picks nobody computed. Expert ids count over all devices; an id beyond them is padding. The matrices may
+both be `Adapted`.
 
 | transport | what travels | holds | drops |
 |---|---|---|---|
@@ -24,29 +25,40 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from keye_jax.sharding import Adapted
 from pallas_kernels import dispatch
-from pallas_kernels.grouped_matmul import routed_swiglu
+from pallas_kernels.grouped_matmul import adapted_swiglu, routed_swiglu
 
 AXIS = 'expert'
 STEP = 8              # cells and buffers are a multiple of it
 
 
 def local(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD):
-  return routed_swiglu(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD), jnp.zeros(len(x_ND))
+  return swiglu(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD), jnp.zeros(len(x_ND))
 
 
 def ring(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD):
   gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
-  first = jax.lax.axis_index(AXIS) * len(down_EFD)
-  y_ND = routed_swiglu(gather(x_ND), gather(expert_NK) - first, gather(weight_NK), gate_up_EDF2, down_EFD)
+  first = jax.lax.axis_index(AXIS) * count(down_EFD)
+  y_ND = swiglu(gather(x_ND), gather(expert_NK) - first, gather(weight_NK), gate_up_EDF2, down_EFD)
   return jax.lax.psum_scatter(y_ND, AXIS, tiled=True), jnp.zeros(len(x_ND))
+
+
+def swiglu(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD):
+  run = adapted_swiglu if isinstance(down_EFD, Adapted) else routed_swiglu
+  return run(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD)
+
+
+def count(down_EFD) -> int:
+  """Experts of this device."""
+  return len(jax.tree.leaves(down_EFD)[0])
 
 
 def padded(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD, *, capacity: float):
   """capacity: slots that a device has for each other one, over the picks that it would send there by chance."""
   X, M = jax.lax.axis_size(AXIS), expert_NK.size
   cell = up_to(M, capacity * M / X)
-  order = by_device(expert_NK, len(down_EFD), X)
+  order = by_device(expert_NK, count(down_EFD), X)
   fits_M = (order.device_M < X) & (order.place_M < cell)
   slot_M = jnp.where(fits_M, order.device_M * cell + order.place_M, -1)
   place_C = jnp.arange(cell)
@@ -60,7 +72,7 @@ def ragged(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD, *, capacity: floa
   """capacity: rows that a device takes from all others, over the mean. The first devices of the axis send first."""
   X, M, me = jax.lax.axis_size(AXIS), expert_NK.size, jax.lax.axis_index(AXIS)
   rows = up_to(X * M, capacity * M)
-  order = by_device(expert_NK, len(down_EFD), X)
+  order = by_device(expert_NK, count(down_EFD), X)
   start_XX, count_XX = (jax.lax.all_gather(a, AXIS) for a in (order.start_X, order.count_X))     # [from, to]
   before_XX = jnp.minimum(jnp.cumsum(count_XX, 0) - count_XX, rows)
   sent_XX = jnp.minimum(count_XX, rows - before_XX)
@@ -83,14 +95,14 @@ def ragged(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD, *, capacity: floa
 def travel(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD, source_S, slot_M, there, back):
   """source_S: the pick in each slot; slot_M: the slot of each pick; -1: none. there(a_S, value of rows that nobody
   fills) and back(y_RD) are the two ways."""
-  (N, K), E = expert_NK.shape, len(down_EFD)
+  (N, K), E = expert_NK.shape, count(down_EFD)
   first, nobody = jax.lax.axis_index(AXIS) * E, jax.lax.axis_size(AXIS) * E
   tokens = Slots(jnp.where(source_S < 0, -1, source_S // K), slot_M.reshape(N, K))
   picks = Slots(source_S, slot_M[:, None])
   expert_S = jnp.where(source_S < 0, nobody, expert_NK.reshape(-1)[source_S])
   expert_R = there(expert_S, nobody) - first
   weight_R1 = there(spread(weight_NK.reshape(-1, 1), picks), 0)
-  y_RD = routed_swiglu(there(spread(x_ND, tokens), 0), expert_R[:, None], weight_R1, gate_up_EDF2, down_EFD)
+  y_RD = swiglu(there(spread(x_ND, tokens), 0), expert_R[:, None], weight_R1, gate_up_EDF2, down_EFD)
   real_NK = (expert_NK >= 0) & (expert_NK < nobody)
   dropped_N = (real_NK & (slot_M.reshape(N, K) < 0)).sum(1).astype(jnp.float32)
   return collect(back(y_RD), tokens), dropped_N

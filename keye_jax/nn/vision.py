@@ -57,7 +57,7 @@ class VisionBlock(nn.Module):
                                param(f'{name}_bias', zeros, W, axes=(None,)), v.norm_eps)
 
     def heads(name, x_BRNW):
-      return (jnp.einsum('BRNW,WHK->BRNHK', x_BRNW, param(name, init, W, H, K))
+      return (layers.project(x_BRNW, param(name, init, W, H, K))
               + param(f'{name}_bias', zeros, H, K, axes=(None, None)))
 
     y_BRNW = norm('norm1', x_BRNW)
@@ -67,12 +67,11 @@ class VisionBlock(nn.Module):
     rows = (*frames, None, None)
     o_BRNHK = sharding.local(frame_attention, c.layout, (rows, rows, rows, frames), rows)(q, k, val, frame_BRN)
     o_HKW = param('o', layers.residual_init(W, v.layers), H, K, W, axes=(None, None, 'embed'))
-    x_BRNW += (jnp.einsum('BRNHK,HKW->BRNW', o_BRNHK, o_HKW) + param('o_bias', zeros, W, axes=(None,)))
+    x_BRNW += (layers.project(o_BRNHK, o_HKW, 2) + param('o_bias', zeros, W, axes=(None,)))
     y_BRNW = norm('norm2', x_BRNW)
-    h = jnp.einsum('BRNW,WF->BRNF', y_BRNW, param('fc1', init, W, F)) + param('fc1_bias', zeros, F, axes=(None,))
+    h = layers.project(y_BRNW, param('fc1', init, W, F)) + param('fc1_bias', zeros, F, axes=(None,))
     h = jax.nn.gelu(h, approximate=True)
-    return x_BRNW + (jnp.einsum('BRNF,FW->BRNW', h, param('fc2', layers.residual_init(F, v.layers), F, W,
-                                                          axes=(None, 'embed')))
+    return x_BRNW + (layers.project(h, param('fc2', layers.residual_init(F, v.layers), F, W, axes=(None, 'embed')))
                      + param('fc2_bias', zeros, W, axes=(None,)))
 
 

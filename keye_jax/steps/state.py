@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from data_pipelines.errors import InputError
+from keye_jax.sharding import ADAPTER
 from keye_jax.steps import rounding
 
 
@@ -35,7 +36,8 @@ def split(params: Any, freeze: tuple[str, ...]) -> tuple[Any, Any]:
 
   A parameter is frozen when an entry of `freeze` is a prefix of its path, by whole names ('vision', 'layers/attn'; ''
   is a prefix of everything), unless an entry that starts with '!' is one too: ('', '!layers/attn/indexer') trains the
-  indexer alone. Raises InputError for an entry that matches nothing and when nothing is left to train.
+  indexer alone. Adapters (`nn/lora.py`) are never frozen. Raises InputError for an entry that matches nothing, when
+  nothing is left to train, and when a weight with an adapter beside it would be trained itself.
   """
   paths = [_names(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
   for entry in freeze:
@@ -44,10 +46,17 @@ def split(params: Any, freeze: tuple[str, ...]) -> tuple[Any, Any]:
       raise InputError(f'train.freeze: {entry!r} matches no parameter; there are {", ".join(parts)}')
   cold = {path for path in paths
           if any(_matches(e, path) for e in freeze if not e.startswith('!'))
-          and not any(_matches(e[1:], path) for e in freeze if e.startswith('!'))}
+          and not any(_matches(e[1:], path) for e in freeze if e.startswith('!')) and not is_adapter(path)}
+  for path in sorted(set(paths) - cold):
+    if (*path[:-1], path[-1] + ADAPTER, 'a') in paths:
+      raise InputError(f'train.freeze: {"/".join(path)} has an adapter beside it and cannot be trained itself')
   if len(cold) == len(paths):
     raise InputError(f'train.freeze = {freeze} leaves nothing to train')
   return pick(params, lambda path: path not in cold), pick(params, lambda path: path in cold)
+
+
+def is_adapter(path: tuple[str, ...]) -> bool:
+  return len(path) > 1 and path[-2].endswith(ADAPTER)
 
 
 def merge(train: Any, frozen: Any) -> Any:

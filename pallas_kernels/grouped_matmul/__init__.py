@@ -7,7 +7,7 @@ import jax
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.equation import equation
-from pallas_kernels.grouped_matmul import reference, routed, xla
+from pallas_kernels.grouped_matmul import adapted, reference, routed, xla
 
 
 def grouped_matmul(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array,
@@ -47,6 +47,30 @@ def routed_swiglu(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, g
   return _routed(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD)
 
 
+def adapted_swiglu(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, gate_up: tuple[jax.Array, ...],
+                   down: tuple[jax.Array, ...], implementation: Implementation | None = None) -> jax.Array:
+  """`routed_swiglu` with W + A B in place of both matrices; that sum is never formed (LoRA, arXiv 2106.09685 eq. 3).
+
+  gate_up: (W [E, D, 2 F], A [E, D, A], B [E, A, 2 F]); down: (W [E, F, D], A [E, F, A], B [E, A, D]); a matrix without
+  an adapter has one of rank 0. Differentiable in x, weight, A and B; W passes no gradient, and none is computed.
+  Raises ValueError when the shapes do not fit.
+  """
+  for name, (w, a, b) in (('gate_up', gate_up), ('down', down)):
+    E, D, F = w.shape
+    if a.shape[:2] != (E, D) or b.shape != (E, a.shape[-1], F):
+      raise ValueError(f'adapted_swiglu: {name} {w.shape} needs a pair [{E}, {D}, A] and [{E}, A, {F}], got {a.shape} '
+                       f'and {b.shape}')
+  (E, D, F2), (_, F, _) = gate_up[0].shape, down[0].shape
+  if F2 != 2 * F or down[0].shape != (E, F, D) or x_ND.shape != (len(expert_NK), D) or (
+      weight_NK.shape != expert_NK.shape):
+    raise ValueError(f'adapted_swiglu: x {x_ND.shape}, experts {expert_NK.shape}, weights {weight_NK.shape}, gate_up '
+                     f'{gate_up[0].shape} and down {down[0].shape} do not fit')
+  gate_up, down = ((jax.lax.stop_gradient(w), a, b) for w, a, b in (gate_up, down))
+  if dispatch.choose('adapted_swiglu', implementation) == 'reference':
+    return reference.adapted_swiglu(x_ND, expert_NK, weight_NK, gate_up, down)
+  return _adapted(x_ND, expert_NK, weight_NK, gate_up, down)
+
+
 @jax.custom_vjp
 def _matmul(x_ND, w_EDF, sizes_E):
   return xla.matmul(x_ND, w_EDF, sizes_E)
@@ -80,10 +104,33 @@ def _routed_bwd(saved, dy_ND):
   return dx_ND, None, dweight_NK, dgate_up_EDF2, ddown_EFD
 
 
-def _named(direction, fn, x_ND, weight_NK, down_EFD):
+def _named(direction, fn, x_ND, weight_NK, down_EFD, op='routed_swiglu', **ranks):
   (N, D), (E, F, _) = x_ND.shape, down_EFD.shape
-  return equation(f'routed_swiglu_{direction}', fn, N=N, D=D, E=E, F=F, K=weight_NK.shape[1],
-                  width=x_ND.dtype.itemsize)
+  return equation(f'{op}_{direction}', fn, N=N, D=D, E=E, F=F, K=weight_NK.shape[1], width=x_ND.dtype.itemsize, **ranks)
 
 
 _routed.defvjp(_routed_fwd, _routed_bwd)
+
+
+@jax.custom_vjp
+def _adapted(x_ND, expert_NK, weight_NK, gate_up, down):
+  return _adapted_fwd(x_ND, expert_NK, weight_NK, gate_up, down)[0]
+
+
+def _adapted_fwd(x_ND, expert_NK, weight_NK, gate_up, down):
+  forward = _adapted_named('forward', adapted.swiglu_fwd, x_ND, weight_NK, gate_up, down)
+  y_ND, saved = forward(x_ND, expert_NK, weight_NK, gate_up, down)
+  return y_ND, (x_ND, weight_NK, gate_up, down, saved)
+
+
+def _adapted_bwd(saved, dy_ND):
+  backward = _adapted_named('backward', adapted.swiglu_bwd, *saved[:4])
+  dx_ND, dweight_NK, dgate_up_a, dgate_up_b, ddown_a, ddown_b = backward(*saved, dy_ND)
+  return dx_ND, None, dweight_NK, (None, dgate_up_a, dgate_up_b), (None, ddown_a, ddown_b)
+
+
+def _adapted_named(direction, fn, x_ND, weight_NK, gate_up, down):
+  return _named(direction, fn, x_ND, weight_NK, down[0], 'adapted_swiglu', G=gate_up[1].shape[2], A=down[1].shape[2])
+
+
+_adapted.defvjp(_adapted_fwd, _adapted_bwd)

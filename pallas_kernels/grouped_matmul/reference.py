@@ -28,3 +28,8 @@ def routed_swiglu(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD):
   gate_NEF, up_NEF = jnp.split(einsum('ND,EDF->NEF', x_ND, gate_up_EDF2), 2, -1)
   y_NED = einsum('NEF,EFD->NED', (jax.nn.silu(gate_NEF) * up_NEF).astype(x_ND.dtype), down_EFD)
   return einsum('NED,NKE,NK->ND', y_NED, jax.nn.one_hot(expert_NK, len(down_EFD)), weight_NK).astype(x_ND.dtype)
+
+
+def adapted_swiglu(x_ND, expert_NK, weight_NK, gate_up, down):
+  merged = lambda w, a, b: w.astype(jnp.float32) + einsum('EIA,EAO->EIO', a, b)
+  return routed_swiglu(x_ND, expert_NK, weight_NK, merged(*gate_up), merged(*down))

@@ -6,7 +6,7 @@ import pytest
 
 from configs import keye_vl_2_30b_a3b
 from keye_jax import jaxpr_costs, planning
-from keye_jax.config import DataConfig, RunConfig, TrainConfig
+from keye_jax.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from keye_jax.nn import costs, counts
 from pallas_kernels.equation import parse
 from tests.nn import batches
@@ -70,6 +70,29 @@ def test_a_mesh_divides_the_work_and_adds_traffic():
   assert alone.flops <= 8 * shared.flops <= 1.05 * alone.flops
   assert 8 * shared.masked == pytest.approx(alone.masked)
   assert all(shared.sent[axis] > 0 for axis in ('data', 'context', 'expert'))
+
+
+def test_adapters_save_the_gradients_of_what_is_frozen():
+  """On experts of rank 0 a third of their products; with everything adapted the step costs what is counted by hand: of
+  every matrix product 2 of 3, of the head too, and of each pair 3, of those of experts one more to form x A again."""
+  rules = costs.rules(keye_vl_2_30b_a3b.model())
+  dims, none = dict(N=4096, D=2048, E=128, F=768, K=8, width=2), dict(G=0, A=0)
+  flops = lambda name, **more: rules[name](**dims, **more).flops
+  assert flops('adapted_swiglu_forward', **none) == flops('routed_swiglu_forward')
+  assert flops('adapted_swiglu_backward', **none) == flops('routed_swiglu_backward') / 2
+
+  tokens, rank = 4096, 16
+  model = dataclasses.replace(keye_vl_2_30b_a3b.model(), attention='dense', experts_transport='local', remat='none')
+  run = RunConfig(model=model, data=DataConfig(tokens=tokens), train=TrainConfig(batch=1),
+                  lora=LoraConfig(targets=('layers/*',), rank=rank))
+  got = jaxpr_costs.of_program(planning.traced(run).trace.jaxpr, {}, costs.rules(model))
+  t, part = model.text, counts.flops_per_token(model, tokens)
+  width = (t.heads + t.kv_heads) * t.head_dim
+  attn, expert = 4 * t.embed + 2 * width, t.experts_per_token * (2 * t.embed + 3 * t.ffn)
+  again = t.experts_per_token * (t.embed + t.ffn)
+  pairs = t.layers * rank * 2.0 * (3 * (attn + expert) + again)
+  expected = 2 * (part['layers'] + part['head']) + part['attention'] * 7 / 2 + pairs
+  assert got.flops == pytest.approx(tokens * expected, rel=0.02)
 
 
 @pytest.mark.parametrize('remat, parts', [('block', ('layers', 'attention')), ('attention', ('layers',))])

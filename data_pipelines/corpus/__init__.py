@@ -1,0 +1,1 @@
+"""A built corpus: rows decoded, deduplicated, held apart from evaluation sets and tokenised, in ArrayRecord."""
