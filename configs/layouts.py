@@ -1,19 +1,35 @@
-"""Where the published model's pre-training stages run: mesh and batch for each stage and slice of TPUs.
+"""Where the published model is trained: mesh and batch for each long stage and slice of TPUs.
 
 `configs/layouts.py:stage3_v5p_4x4x8` is stage 3 (262,144 tokens a row) on v5p:4x4x8; `docs/scale.md` says which of them
-fit. Lengths are those of arXiv 2606.10651; attention is sparse in stage 3, as the paper gives no stage and DSA pays off
-with length. A step is 8 M tokens everywhere (the paper gives no batch), cut into micro-batches of one row for each
-group of devices that holds a row. Parameters and optimizer are float32, computation bfloat16.
+fit. Lengths are those of arXiv 2606.10651, what is trained is that of `configs/pretrain.py` and `configs/sft.py`.
+A step is 8 M tokens (the paper gives no batch; the warm-up's 2 M are those of DeepSeek-V3.2), cut into micro-batches of
+one row for each group of devices that holds a row. Parameters and optimizer are float32, computation bfloat16.
 
 Batches are text: `keye plan` says so too. With images, add --config.data.vision_rows and --config.data.vision_patches.
 """
 import dataclasses
+from typing import NamedTuple
 
 from configs import keye_vl_2_30b_a3b
+from configs.pretrain import INDEXERS_WAIT, ONLY_INDEXERS
 from keye_jax.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig, to_dict
 
-TOKENS_A_STEP = 1 << 23
-LENGTHS = {'stage1': 32768, 'stage2': 65536, 'stage3': 262144}
+
+class Stage(NamedTuple):
+  like: str                    # the stage whose meshes it has
+  tokens: int                  # of a row
+  attention: str
+  freeze: tuple[str, ...] = ()
+  step: int = 1 << 23          # tokens
+
+
+STAGES = {
+    'stage1': Stage('stage1', 32768, 'dense', INDEXERS_WAIT),
+    'stage2': Stage('stage2', 65536, 'dense', INDEXERS_WAIT),
+    'warmup': Stage('stage3', 262144, 'warmup', ONLY_INDEXERS, 1 << 21),
+    'stage3': Stage('stage3', 262144, 'sparse'),
+    'sft': Stage('stage2', 65536, 'sparse'),
+}
 
 # (data, context, expert). Rows lie over data x expert, tokens of a row over context. Where the torus allows it an axis
 # is a product of its dimensions, so that every axis is a ring of its own. Every device of an expert group keeps room
@@ -27,20 +43,20 @@ MESHES = {
 }
 
 
-def layout(stage: str, where: str) -> RunConfig:
-  mesh, tokens = MeshConfig(*MESHES[where][stage]), LENGTHS[stage]
-  rows = TOKENS_A_STEP // tokens
+def layout(stage: Stage, where: str) -> RunConfig:
+  mesh, rows = MeshConfig(*MESHES[where][stage.like]), stage.step // stage.tokens
   model = dataclasses.replace(keye_vl_2_30b_a3b.model(), param_dtype='float32', layout='train',
-                              attention='sparse' if stage == 'stage3' else 'dense')
+                              attention=stage.attention)
   return RunConfig(model=model, mesh=mesh, optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=100),
-                   data=DataConfig(tokens=tokens, workers=16),
-                   train=TrainConfig(steps=60000, batch=rows, accumulate=rows // (mesh.data * mesh.expert)))
+                   data=DataConfig(tokens=stage.tokens, workers=16),
+                   train=TrainConfig(steps=60000, batch=rows, accumulate=rows // (mesh.data * mesh.expert),
+                                     freeze=stage.freeze))
 
 
 def get_config(variant: str = ''):
   """RunConfig as a ConfigDict; raises ValueError for an unknown variant."""
   stage, _, where = variant.partition('_')
-  if stage not in LENGTHS or where not in MESHES:
-    raise ValueError(f'configs/layouts.py: no variant {variant!r}; write one of {", ".join(LENGTHS)}, an underscore '
+  if stage not in STAGES or where not in MESHES:
+    raise ValueError(f'configs/layouts.py: no variant {variant!r}; write one of {", ".join(STAGES)}, an underscore '
                      f'and one of {", ".join(MESHES)}, e.g. stage3_v5p_4x4x8')
-  return to_dict(layout(stage, where))
+  return to_dict(layout(STAGES[stage], where))

@@ -230,7 +230,7 @@ class _Ahead:
       return None if more else self._ended
 
   def close(self) -> None:
-    """Waits for the item under way, but not for one that hangs."""
+    """Waits for the item under way, but not for one that hangs; a worker that does is killed."""
     self._stop.set()
     deadline = time.monotonic() + KILL_SECONDS
     while self._thread.is_alive():           # it may wait for a place in the queue
@@ -240,7 +240,13 @@ class _Ahead:
         self._ready.get(timeout=0.01)
       except queue.Empty:
         pass
-    self._iterator.close()
+    closing = threading.Thread(target=self._iterator.close, daemon=True)
+    closing.start()
+    closing.join(KILL_SECONDS)
+    if closing.is_alive():                   # grain waits for a worker that hangs
+      for child in multiprocessing.active_children():
+        child.kill()
+      closing.join(KILL_SECONDS)
 
 
 def _shut(live: list) -> None:

@@ -13,7 +13,7 @@ import jax
 
 from data_pipelines.errors import InputError
 from data_pipelines.schema import Batch
-from keye_jax import begin, feed, jaxpr_costs, sharding
+from keye_jax import begin, feed, jaxpr_costs, sharding, temporaries
 from keye_jax.chips import CHIPS, Chip
 from keye_jax.config import RunConfig
 from keye_jax.jaxpr_costs import Cost
@@ -96,8 +96,9 @@ def plan(config: RunConfig, chip: Chip, efficiency: float, what: str = 'train') 
   ops = implementations(jaxpr.jaxpr, program.rules)
   cost = jaxpr_costs.of_program(jaxpr, mesh, program.rules)
   sizes = {name: _bytes(tree) for name, tree in program.parts.items()}
+  found, largest = memory(program.trace, chip)
   return {'what': what, 'mesh': mesh, 'layout': config.model.layout if what == 'train' else 'decode',
-          'batch': described(config, what), 'bytes': sizes | memory(program.trace, chip), 'ops': ops,
+          'batch': described(config, what), 'bytes': sizes | found, 'largest': largest, 'ops': ops,
           **roofline(cost, program.model_flops / math.prod(mesh.values()), chip, efficiency)}
 
 
@@ -115,21 +116,21 @@ def implementations(jaxpr, rules) -> dict[str, str]:
   return found
 
 
-def memory(trace, chip: Chip) -> dict[str, Any]:
-  """Compiles: bytes of a device, and how long that took."""
+def memory(trace, chip: Chip) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+  """Compiles: (bytes of a device, and how long that took; its largest temporaries, when it fits)."""
   started = time.monotonic()
   try:
     compiled = trace.lower().compile()
   except jax.errors.JaxRuntimeError as e:
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
-    return {'hbm': chip.hbm, 'fits': False, 'compiler': first_lines(e),
-            'compile seconds': round(time.monotonic() - started, 1)}
+    return ({'hbm': chip.hbm, 'fits': False, 'compiler': first_lines(e),
+             'compile seconds': round(time.monotonic() - started, 1)}, [])
   m = compiled.memory_analysis()
   peak = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-  return {'arguments': m.argument_size_in_bytes, 'results': m.output_size_in_bytes - m.alias_size_in_bytes,
-          'temporaries': m.temp_size_in_bytes, 'peak': peak, 'hbm': chip.hbm, 'fits': peak <= chip.hbm,
-          'compile seconds': round(time.monotonic() - started, 1)}
+  return ({'arguments': m.argument_size_in_bytes, 'results': m.output_size_in_bytes - m.alias_size_in_bytes,
+           'temporaries': m.temp_size_in_bytes, 'peak': peak, 'hbm': chip.hbm, 'fits': peak <= chip.hbm,
+           'compile seconds': round(time.monotonic() - started, 1)}, temporaries.largest(compiled.as_text()))
 
 
 def first_lines(error: Exception) -> str:

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   if config_args:
     raise InputError(f'keye evaluate takes no {config_args[0]}; what a model looks like is in its folder')
-  runtime.start()
+  runtime.start('evaluate')
   if retrieval.has_towers(args.model):
     found = retrieval.scores(args.model, args.data)
     arms = {name: {'retrieval': score} for name, score in zip((args.model, 'any caption', 'most frequent caption'),

@@ -70,6 +70,8 @@ def text(found: dict[str, Any]) -> str:
           f'{found["layout"]}', f'batch: {found["batch"]}', '', 'bytes of a device']
   rows += [f'  {name:<12} {size[name] / GIB:>9.2f} GiB' for name in PARTS if name in size]
   rows += [f'  the compiler says: {size["compiler"]}'] if 'compiler' in size else []
+  rows += ['', 'largest arrays that it keeps for itself'] if found['largest'] else []
+  rows += [f'  {x["bytes"] / GIB:>9.2f} GiB  {x["shape"]}  {x["op"]}' for x in found['largest']]
   rows += ['', 'implementation of each op'] + [f'  {name:<28} {how}' for name, how in found['ops'].items()]
   sent = ', '.join(f'{axis} {n / GIB:.1f} GiB' for axis, n in found['sent_bytes'].items() if n)
   rows += ['', f'a step, of one device, at {found["efficiency"]:.0%} of its peak in matrix products (assumed)',

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   if config_args:
     raise InputError(f'keye quickstart takes no {config_args[0]}; its recipe is configs/quickstart.py')
-  runtime.start()
+  runtime.start('quickstart')
   out = pathlib.Path(args.out)
   clear(out)
   stages = {name: recipe.stage(name, str(out)) for name in recipe.STAGES}

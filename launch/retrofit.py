@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   stages = {name: load(f'{args.config}:{name}', config_args) for name in STAGES}
   if args.windows < 1:
     raise InputError(f'keye retrofit: --windows {args.windows} must be at least 1')
-  runtime.start()
+  runtime.start('retrofit')
   results.commit()             # the commit that ran, whatever is checked out when an arm finishes
   out, first = pathlib.Path(args.out), stages[STAGES[0]]
   source = gguf.packaged() if first.train.init == PACKAGED else first.train.init

@@ -8,21 +8,23 @@ import jax
 from data_pipelines.errors import InputError
 from keye_jax import sharding
 from keye_jax.config import MeshConfig
+from launch import together
 
 # Set by whoever starts the processes of one run; `keye launch` does.
 COORDINATOR, PROCESSES, PROCESS = 'KEYE_COORDINATOR', 'KEYE_PROCESSES', 'KEYE_PROCESS'
 DISTRIBUTED = 'KEYE_DISTRIBUTED'
 
 
-def start(mesh: MeshConfig | None = None) -> None:
+def start(name: str, mesh: MeshConfig | None = None) -> None:
   """jax.distributed when there are several processes, and the mesh.
 
-  mesh: None or 1 x 1 x 1 runs as a plain program on the first device. Raises InputError when the environment
-  contradicts itself, the other processes do not come, or the devices do not fill the mesh.
+  name: of the command. mesh: None or 1 x 1 x 1 runs as a plain program on the first device. Raises InputError when the
+  environment contradicts itself, the other processes do not come, or the devices do not fill the mesh.
   """
   absl.logging.set_verbosity(absl.logging.FATAL)     # Orbax logs a traceback for what we report in one line
   found = processes(os.environ)
   if found is not None:
+    together.end_aborts_in_words(name)
     try:
       jax.distributed.initialize(**found)
     except (RuntimeError, ValueError) as e:

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   # After the config: a misspelt key or --help must not wait for jax.
   from keye_jax import loop, metrics
   from launch import runtime, together
-  runtime.start(config.mesh)
+  runtime.start('train', config.mesh)
 
   def work() -> int:
     result = loop.train(config, args.out, args.wandb, args.profile)

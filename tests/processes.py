@@ -1,4 +1,4 @@
-"""Several processes of one `keye train` on this machine, one device each, under jax.distributed with gloo."""
+"""Several processes of one `keye train` on this machine, under jax.distributed with gloo."""
 import os
 import pathlib
 import socket
@@ -28,13 +28,14 @@ def write_config(path: pathlib.Path, data, devices: int, **train) -> pathlib.Pat
   return path
 
 
-def start(config, out, count: int = 2) -> list[subprocess.Popen]:
+def start(config, out, count: int = 2, devices: int = 1) -> list[subprocess.Popen]:
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
-  env = dict(os.environ, PYTHONPATH=str(ROOT), XLA_FLAGS='', KEYE_COORDINATOR=f'127.0.0.1:{port}',
-             KEYE_PROCESSES=str(count), JAX_COMPILATION_CACHE_DIR=str(ROOT / '.jax_cache'),
-             JAX_DEFAULT_MATMUL_PRECISION='highest')
+  env = dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS='cpu', KEYE_COORDINATOR=f'127.0.0.1:{port}',
+             KEYE_PROCESSES=str(count), XLA_FLAGS=f'--xla_force_host_platform_device_count={devices}',
+             JAX_COMPILATION_CACHE_DIR=str(ROOT / '.jax_cache'),
+             JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0', JAX_DEFAULT_MATMUL_PRECISION='highest')
   argv = [sys.executable, '-m', 'launch.cli', 'train', '--config', str(config), '--out', str(out), '--json']
   return [subprocess.Popen(argv, cwd=ROOT, env=dict(env, KEYE_PROCESS=str(i)), text=True, stdout=subprocess.PIPE,
                            stderr=subprocess.PIPE) for i in range(count)]

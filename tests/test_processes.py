@@ -3,14 +3,17 @@ import dataclasses
 import json
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 
 import pytest
 
 from keye_jax import checkpoint, loop
 from keye_jax.config import MeshConfig
-from launch import run_config
-from tests import tiny_run
-from tests.processes import finish, last_step, losses, start, wait, write_config
+from launch import run_config, together
+from tests import kills, tiny_run
+from tests.processes import ROOT, finish, last_step, losses, start, wait, write_config
 from tests.steps.test_mesh import mesh
 from tests.tolerances import assert_close
 
@@ -62,6 +65,24 @@ def test_an_error_of_one_process_ends_all_with_a_line_each(data, tmp_path):
   assert 'Traceback' not in err + err1
 
 
+@pytest.mark.parametrize('there, line', [
+  (False, 'process 0 is gone; run the same command again on all'),
+  (True, 'aborted, the reason is above; most likely another process of the run is gone; run the same command again on '
+         'all')])
+def test_a_process_that_jax_aborts_ends_with_a_line(there, line):
+  """As when process 0 is gone, or does not hear of another one for 100 s."""
+  with socket.socket() as coordinator:
+    coordinator.bind(('127.0.0.1', 0))
+    if there:
+      coordinator.listen()
+    where = f'127.0.0.1:{coordinator.getsockname()[1]}'
+    aborting = ('import os\nfrom jax._src.distributed import global_state as s\nfrom launch import together\n'
+                f's.coordinator_address, s.process_id, s.num_processes = "{where}", 1, 2\n'
+                'together.end_aborts_in_words("train")\nos.abort()')
+    done = subprocess.run([sys.executable, '-c', aborting], cwd=ROOT, capture_output=True, text=True)
+  assert (done.returncode, done.stderr) == (together.LOST, f'keye train: process 1 of 2: {line}\n')
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one_and_one_goes_on_from_their_checkpoint(data, whole, tmp_path):
   config = whole / 'two.py'
@@ -76,10 +97,15 @@ def test_two_processes_equal_one_and_one_goes_on_from_their_checkpoint(data, who
 
 
 @pytest.mark.slow
-def test_sigterm_at_one_process_saves_on_both_and_the_run_is_the_same(data, whole, tmp_path):
+def test_after_kills_and_a_notice_the_run_is_the_same(data, whole, tmp_path):
+  """kill -9 of either of two processes, in a step and in a save, then SIGTERM at one; bit for bit the losses of a run
+  left alone. `python -m tests.kills` draws its kills."""
   out, config = tmp_path / 'out', write_config(tmp_path / 'two.py', data, 2, **TRAIN)
-  processes = start(config, out)
-  wait(processes, lambda: last_step(out) >= 5)
+  for kill in (kills.Kill(victim=1, step=5, in_save=False), kills.Kill(victim=0, step=15, in_save=True),
+               kills.Kill(victim=0, step=28, in_save=False)):
+    kills.survive(config, out, kill)
+  begun, processes = last_step(out), start(config, out)
+  wait(processes, lambda: last_step(out) > begun + 3)
   processes[1].send_signal(signal.SIGTERM)           # the notice reaches both
   (code, _, err), (code1, _, err1) = finish(processes)
   assert (code, code1) == (143, 143), err + err1
@@ -87,6 +113,28 @@ def test_sigterm_at_one_process_saves_on_both_and_the_run_is_the_same(data, whol
   ended = finish(start(config, out))
   assert [code for code, _, _ in ended] == [0, 0], ended
   assert losses(out) == losses(whole)
+
+
+@pytest.mark.slow
+def test_of_four_one_is_killed_and_two_or_one_go_on_from_their_checkpoint(data, tmp_path):
+  """Three end with a line each; two processes of two devices, and one of four, see the losses that one of four sees."""
+  four, there = write_config(tmp_path / 'four.py', data, 4, **TRAIN | dict(save_every=4)), tmp_path / 'four'
+  processes = start(four, there, 4)
+  wait(processes, lambda: checkpoint.whole(there / checkpoint.FOLDER))
+  processes[2].kill()
+  for i, (code, _, err) in enumerate(finish(processes)):
+    if i != 2:
+      assert code == together.LOST and err.splitlines()[-1].endswith(kills.GONE), err
+  saved = checkpoint.whole(there / checkpoint.FOLDER)[-1]
+  expected = alone(four, tmp_path / 'one', 4, steps=saved + 8)
+  begun = {step: found for step, found in losses(there).items() if step <= 8}
+  assert_same_losses(begun, {step: expected[step] for step in begun})
+  shutil.copytree(there, tmp_path / 'copy')
+  more = write_config(tmp_path / 'more.py', data, 4, **TRAIN | dict(save_every=4, steps=saved + 8))
+  ended = finish(start(more, there, 2, devices=2))
+  assert [code for code, _, _ in ended] == [0, 0], ended
+  assert_same_losses(losses(there), expected)
+  assert_same_losses(alone(four, tmp_path / 'copy', 4, steps=saved + 8), expected)
 
 
 @pytest.mark.slow

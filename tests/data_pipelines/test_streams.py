@@ -1,5 +1,8 @@
 """Streams: the same batches whatever reads them; workers that die or hang are replaced, or a line says what did."""
 import json
+import multiprocessing
+import os
+import signal
 import threading
 
 import numpy as np
@@ -142,3 +145,33 @@ def test_reading_that_hangs_is_told_and_then_ends_the_run(monkeypatch):
   assert said[0].endswith('it may take 1 s (data.max_wait_seconds)')
   it.close()                               # does not wait for the thread
   forever.set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number, waits, said', [(signal.SIGKILL, 1800.0, 'exit code -9'),
+                                                 (signal.SIGSTOP, 15.0, 'its workers were killed')])
+def test_a_worker_that_is_really_killed_or_stopped_changes_no_batch(path, number, waits, said):  # noqa: F811
+  told = []
+  it = pipeline.train_batches(config(path, workers=1, max_wait_seconds=waits), 2, seed=9, report=told.append)
+  found = take(it, 2)
+  told.clear()                             # on a busy machine the first worker may have been too slow
+  (worker,) = multiprocessing.active_children()
+  os.kill(worker.pid, number)
+  while not told:                          # what it had read ahead comes first
+    found += take(it, 1)
+  found += take(it, 2)
+  it.close()
+  assert said in told[0]
+  assert_same(found, take(pipeline.train_batches(config(path), 2, seed=9), len(found)))
+
+
+@pytest.mark.slow
+def test_closing_does_not_wait_for_a_worker_that_is_stopped(path, monkeypatch):  # noqa: F811
+  monkeypatch.setattr(streams, 'KILL_SECONDS', 2.0)
+  it = pipeline.train_batches(config(path, workers=1), 2, seed=9)
+  take(it, 2)
+  (worker,) = multiprocessing.active_children()
+  os.kill(worker.pid, signal.SIGSTOP)
+  it.close()
+  worker.join(10)
+  assert worker.exitcode == -signal.SIGKILL

@@ -1,4 +1,6 @@
-"""`keye plan` around its compiler: arguments, refusals, seconds and advice."""
+"""`keye plan`: arguments, refusals, seconds and advice, and a small run compiled for TPUs that are not here."""
+import json
+
 import pytest
 
 from data_pipelines.errors import InputError
@@ -7,6 +9,7 @@ from keye_jax.chips import CHIPS
 from keye_jax.jaxpr_costs import Cost
 from launch import cli, plan, plan_advice
 from launch.run_config import load
+from pallas_kernels.aot import rows
 
 WORDS = ['plan', '--config', 'configs/sft.py:tiny', '--topology', 'v5p:2x2x1',
          # the kernels take rows of lanes: heads of 128, an indexer of 64
@@ -51,6 +54,27 @@ def test_seconds_are_flops_over_peak_and_bytes_over_bandwidth():
   assert got['hbm_s'] == 1 and got['ici_s'] == 3 and got['step_s'] == 8        # one of three dimensions
   assert got['model_flops_bound_s'] == 2
   about = {'config': 'c', 'topology': 't', 'device': 'd', 'what': 'train', 'mesh': {'data': 1}, 'layout': 'train',
-           'batch': 'b', 'ops': {}, 'advice': ['more'], 'bytes': {'fits': False, 'hbm': 1, 'compile seconds': 1}}
+           'batch': 'b', 'ops': {}, 'advice': ['more'],
+           'largest': [{'bytes': 3 << 30, 'shape': 'f32[805306368]', 'op': 'jit(update)/dot_general'}],
+           'bytes': {'fits': False, 'hbm': 1, 'compile seconds': 1}}
   said = plan.text(about | got)
+  assert '       3.00 GiB  f32[805306368]  jit(update)/dot_general' in said
   assert 'compute_s      8.00' in said and 'DOES NOT FIT' in said and said.endswith('- more')
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not rows.installed('v5p'), reason='needs libtpu, of the extra `aot`')
+def test_a_small_run_is_planned(capfd):
+  assert cli.main([*WORDS, '--json']) == 0
+  found = json.loads(capfd.readouterr().out)
+  size = found['bytes']
+  assert found['device'] == 'TPU v5' and found['mesh'] == {'data': 1, 'context': 2, 'expert': 2}
+  assert found['ops'] == {'dsa_attention_backward_kl': 'tpu', 'dsa_attention_forward_kl': 'tpu',
+                          'routed_swiglu_backward': 'xla', 'routed_swiglu_forward': 'xla'}
+  assert size['fits'] and size['temporaries'] > 0
+  # a little more than the parts: step, key, and rows of lanes that are padded
+  assert size['parameters'] + size['optimizer'] + size['batch'] < size['arguments'] < size['peak']
+  assert found['step_s'] == max(found['compute_s'], found['hbm_s'], found['ici_s'])
+  assert found['sent_bytes']['context'] > 0 and found['sent_bytes']['expert'] > 0
+  assert 'text only' in found['batch']
+  assert found['largest'][0]['bytes'] <= size['temporaries'] and '[' in found['largest'][0]['shape']
