@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   if config_args:
     raise InputError(f'keye ladder takes no {config_args[0]}; its recipe is configs/ladder.py')
-  runtime.start()
+  runtime.start('ladder')
   results.commit()             # the commit that ran, whatever is checked out when it ends
   out = pathlib.Path(args.out)
   names = list(recipe.STAGES)

@@ -149,7 +149,7 @@ def test_reading_that_hangs_is_told_and_then_ends_the_run(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('number, waits, said', [(signal.SIGKILL, 1800.0, 'exit code -9'),
-                                                 (signal.SIGSTOP, 15.0, 'its workers were killed')])
+                                                 (signal.SIGSTOP, 30.0, 'its workers were killed')])
 def test_a_worker_that_is_really_killed_or_stopped_changes_no_batch(path, number, waits, said):  # noqa: F811
   told = []
   it = pipeline.train_batches(config(path, workers=1, max_wait_seconds=waits), 2, seed=9, report=told.append)
