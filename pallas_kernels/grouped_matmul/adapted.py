@@ -7,10 +7,9 @@ bfloat16 the sum would also round away whatever is smaller than 1/256 of a weigh
 
 N rows, K picks of a row, M = N K picks, D features, F hidden features, E experts, R picks of a tile, A rank.
 """
-import jax
 import jax.numpy as jnp
 
-from pallas_kernels.grouped_matmul.routed import activate, combine, sort
+from pallas_kernels.grouped_matmul.routed import activate, activated, combine, sort
 from pallas_kernels.grouped_matmul.xla import dot, for_tiles, read, write
 
 
@@ -54,18 +53,14 @@ def swiglu_bwd(x_ND, weight_NK, gate_up, down, saved, dy_ND):
     pick_R, e = read(order.pick_M, tile), tile.expert
     dy_RD = jnp.where(tile.keep_R1, dy_ND[pick_R // K], 0)
     weight_R1 = weight_M[pick_R][:, None]
-    gate_RF, up_RF = jnp.split(read(h_MF2, tile).astype(jnp.float32), 2, -1)
-    sigmoid_RF = jax.nn.sigmoid(gate_RF)
-    silu_RF = gate_RF * sigmoid_RF
-    act_RF = silu_RF * up_RF
+    act_RF, gradient = activated(read(h_MF2, tile))
     dact_RF, dlow_RA = back(dy_RD, e, *down)
     dweight_M1 = write(dweight_M1, (dact_RF * act_RF).sum(1, keepdims=True), tile)
     weighted_RF = (act_RF * weight_R1).astype(dtype)
     ddown_a = add(ddown_a, e, 'RF,RA->FA', weighted_RF, dlow_RA)
     ddown_b = add(ddown_b, e, 'RA,RD->AD', dot('RF,FA->RA', weighted_RF, down[1][e]).astype(dtype), dy_RD)
     dact_RF *= weight_R1
-    dsilu_RF = sigmoid_RF * (1 + gate_RF * (1 - sigmoid_RF))
-    dh_RF2 = jnp.concatenate([dact_RF * up_RF * dsilu_RF, dact_RF * silu_RF], -1).astype(dtype)
+    dh_RF2 = gradient(dact_RF).astype(dtype)
     dx_RD, dlow_RA = back(dh_RF2, e, *gate_up)
     dx_MD = write(dx_MD, dx_RD, tile)
     x_RD = x_ND[pick_R // K]

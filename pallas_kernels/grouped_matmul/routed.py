@@ -36,6 +36,18 @@ def activate(h_RF2):
   return jax.nn.silu(gate_RF) * up_RF
 
 
+def activated(h_RF2):
+  """(activate(h), a function from its gradient to that of h), in float32."""
+  gate_RF, up_RF = jnp.split(h_RF2.astype(jnp.float32), 2, -1)
+  sigmoid_RF = jax.nn.sigmoid(gate_RF)
+  silu_RF = gate_RF * sigmoid_RF
+
+  def gradient(dact_RF):
+    dsilu_RF = sigmoid_RF * (1 + gate_RF * (1 - sigmoid_RF))
+    return jnp.concatenate([dact_RF * up_RF * dsilu_RF, dact_RF * silu_RF], -1)
+  return silu_RF * up_RF, gradient
+
+
 def swiglu(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD):
   K = expert_NK.shape[1]
   if expert_NK.size <= FEW_PICKS:
@@ -99,15 +111,11 @@ def swiglu_bwd(x_ND, weight_NK, gate_up_EDF2, down_EFD, saved, dy_ND):
     pick_R, e = read(order.pick_M, tile), tile.expert
     dy_RD = jnp.where(tile.keep_R1, dy_ND[pick_R // K], 0)
     weight_R1 = weight_M[pick_R][:, None]
-    gate_RF, up_RF = jnp.split(read(h_MF2, tile).astype(jnp.float32), 2, -1)
-    sigmoid_RF = jax.nn.sigmoid(gate_RF)
-    silu_RF = gate_RF * sigmoid_RF
-    act_RF = silu_RF * up_RF
+    act_RF, gradient = activated(read(h_MF2, tile))
     dact_RF = dot('RD,FD->RF', dy_RD, down_EFD[e])
     dweight_M1 = write(dweight_M1, (dact_RF * act_RF).sum(1, keepdims=True), tile)
     dact_RF *= weight_R1
-    dsilu_RF = sigmoid_RF * (1 + gate_RF * (1 - sigmoid_RF))
-    dh_RF2 = jnp.concatenate([dact_RF * up_RF * dsilu_RF, dact_RF * silu_RF], -1).astype(dtype)
+    dh_RF2 = gradient(dact_RF).astype(dtype)
     dx_MD = write(dx_MD, dot('RF,DF->RD', dh_RF2, gate_up_EDF2[e]), tile)
     dgate_up_EDF2 = dgate_up_EDF2.at[e].add(dot('RD,RF->DF', x_ND[pick_R // K], dh_RF2))
     ddown_EFD = ddown_EFD.at[e].add(dot('RF,RD->FD', (act_RF * weight_R1).astype(dtype), dy_RD))
