@@ -168,6 +168,7 @@ def test_a_language_model_gets_a_new_vision_encoder_and_says_so(folder, tmp_path
   assert not seen.train.init and to_dict(seen).train.freeze == pretrain.ONLY_PROJECTOR
 
 
+@pytest.mark.slow
 def test_a_vision_tower_gets_a_language_model_and_leaves_its_text_tower(folder, tmp_path):
   towers, seen = small('vit', folder), small('text', folder)
   theirs = begin.programs(towers).fresh(jax.random.key(3))

@@ -47,7 +47,7 @@ def loss(config, params, batch):
       0.0 if out.aux.kl_LBT is None else out.aux.kl_LBT)
 
 
-@pytest.mark.parametrize('mode', ['dense', 'sparse'])
+@pytest.mark.parametrize('mode', ['dense', pytest.param('sparse', marks=pytest.mark.slow)])
 def test_new_adapters_change_nothing_and_random_ones_are_the_merged_weights(params, mode):
   """New ones add zeros, exactly: whatever A is, the result has the same bits. Against the program without adapters,
   which XLA fuses in another way, that is equality up to rounding."""
@@ -65,6 +65,7 @@ def test_new_adapters_change_nothing_and_random_ones_are_the_merged_weights(para
   assert_close(got, hidden(config, merged))
 
 
+@pytest.mark.slow
 def test_gradients_are_those_through_the_merged_weights(params):
   """Of every pair, by the chain rule of W + alpha / rank A B, with blocks computed again and without."""
   config, batch = with_mode('dense'), batches.mixed(B=8)
