@@ -14,7 +14,7 @@ both be `Adapted`.
 
 `ring` is the one to begin with: it drops nothing, its traffic does not depend on the router, and with up to about as
 many devices as a token has picks no other sends less. With more of them `ragged` sends least (TPUs from v4 on; on GPUs
-it depends on NCCL), `padded` is its form for everything else. A token's later rows in the batch are dropped first.
+it depends on NCCL), `padded` is its form for everything else. Of a device's tokens the later ones are dropped first.
 
 N tokens of a device, K picks of a token, M = N K, D embed, E experts of a device, F ffn, X devices of the expert axis,
 S slots that are sent, R rows that are received.
