@@ -60,7 +60,7 @@ def run(name: str, work: Callable[[], int]) -> int:
   except KeyboardInterrupt:
     code, line = 130, 'interrupted'
   except Exception as e:
-    if _other_end_gone(e):
+    if other_end_gone(e):
       time.sleep(3 * LOOK_SECONDS)     # the watcher says why, if the other process could
       _leave_together(client, me, count, FAILED, LOST, f'another process of the run {AGAIN}', where, gone=1)
     code, line = LOST if isinstance(e, streams.Stuck) else 2, str(e)
@@ -93,10 +93,14 @@ def _aborted(name: str) -> NoReturn:
   _leave(LOST, f'keye {name}: process {state.process_id} of {state.num_processes}: {who}')
 
 
-def _other_end_gone(error: Exception) -> bool:
-  """Also where a save failed of it, which is told as wrong input with the error as its cause."""
+def other_end_gone(error: Exception) -> bool:
+  """Also where a save failed of it, which is told as wrong input with the error as its cause.
+
+  jaxlib raises a failed collective as RuntimeError where the program is called and as ValueError where its result is
+  read first.
+  """
   error = error.__cause__ if isinstance(error, InputError) else error
-  return isinstance(error, RuntimeError | OSError) and bool(_GONE.search(str(error)))
+  return isinstance(error, RuntimeError | OSError | ValueError) and bool(_GONE.search(str(error)))
 
 
 def _watch(name: str, client, me: int, count: int, done: threading.Event) -> None:

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from data_pipelines.errors import InputError
 from keye_jax import checkpoint, loop
 from keye_jax.config import MeshConfig
 from launch import run_config, together
@@ -81,6 +82,15 @@ def test_a_process_that_jax_aborts_ends_with_a_line(there, line):
                 'together.end_aborts_in_words("train")\nos.abort()')
     done = subprocess.run([sys.executable, '-c', aborting], cwd=ROOT, capture_output=True, text=True)
   assert (done.returncode, done.stderr) == (together.LOST, f'keye train: process 1 of 2: {line}\n')
+
+
+def test_what_jax_raises_when_another_process_is_gone_is_known():
+  reset = 'UNKNOWN: Gloo AllGather failed: transport/tcp/pair.cc:538] Read error: Connection reset by peer'
+  save = InputError('runs/a/checkpoints/9: cannot be saved')
+  save.__cause__ = RuntimeError('DEADLINE_EXCEEDED: Barrier timed out')
+  assert all(map(together.other_end_gone, (RuntimeError(reset), ValueError(reset), OSError('Broken pipe'), save)))
+  assert not any(map(together.other_end_gone, (ValueError('shapes (3,) and (4,)'), TypeError(reset),
+                                               InputError('a.jsonl: UNAVAILABLE'))))
 
 
 @pytest.mark.slow
