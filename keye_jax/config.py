@@ -79,7 +79,7 @@ class ModelConfig:
   attention: Literal['dense', 'warmup', 'sparse'] = 'dense'   # warmup: dense attention, indexer learns beside it
   dtype: Literal['float32', 'bfloat16'] = 'float32'           # of computation
   param_dtype: Literal['float32', 'bfloat16'] = 'float32'
-  remat: Literal['none', 'block', 'attention'] = 'none'       # what backward computes again: nn/layers.py
+  remat: Literal['none', 'block', 'attention', 'offload'] = 'none'      # what backward computes again: nn/layers.py
   experts_transport: Literal['local', 'ring', 'padded', 'ragged'] = 'local'       # keye_jax/nn/transport.py
   experts_capacity: float = 2.0   # of 'padded' and 'ragged': room for picks, over their mean
   layout: Literal['train', 'train_long', 'decode'] = 'train'  # which table of keye_jax/sharding.py the program uses

@@ -6,6 +6,7 @@ process that fails, or finds another one gone, leaves its message with the coord
 look there every second. Process 0 leaves last, since the coordinator goes with it: jax.distributed aborts whoever finds
 it gone. When process 0 is killed that still happens, and `end_aborts_in_words` has the last word.
 """
+import contextlib
 import ctypes
 import os
 import re
@@ -149,11 +150,14 @@ def _leave(code: int, line: str) -> NoReturn:
 
 
 def _say(line: str) -> None:
+  """Also where nobody reads stderr any more: whoever says why it ends must end."""
   _ending.acquire()
-  print(line, file=sys.stderr, flush=True)
+  with contextlib.suppress(OSError):
+    print(line, file=sys.stderr, flush=True)
 
 
 def _exit(code: int) -> NoReturn:
   """Without waiting for anybody: shutting jax.distributed down would, for the processes that are gone."""
-  sys.stdout.flush()
+  with contextlib.suppress(OSError):
+    sys.stdout.flush()
   os._exit(code)
