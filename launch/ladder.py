@@ -22,7 +22,7 @@ from configs import ladder as recipe
 from configs import quickstart
 from data_pipelines.errors import InputError
 from data_pipelines.frameforge import transcript
-from keye_jax import api, retrieval
+from keye_jax import answer_losses, api, retrieval
 from keye_jax.config import RunConfig
 from keye_jax.evals import questions, scores
 from keye_jax.evals.scores import Score
@@ -88,15 +88,17 @@ def main(out: pathlib.Path, stages: dict[str, RunConfig], clips: dict[str, int],
 
 def score(name: str, config: RunConfig, out: pathlib.Path, data: pathlib.Path) -> dict[str, Any]:
   """{'scores': {name: [value, low, high, n]}} of a stage; with 'clips' and 'earned' of each question, in the order of
-  the file, for one that answers."""
+  the file, for one that answers, and with 'losses' of each answer where the switch to sparse attention is judged."""
   if config.model.contrast:
     return {'scores': as_lists(retrieval.scores(str(out / name), str(data / 'heldout_images.jsonl')))}
   model, params = api.load_pretrained(out / name)
   file = f'{transcript.FILES["heldout"] if name == TEXT else "heldout"}.jsonl'
   rows = dataclasses.replace(model.data, path=str(data / file))
   # From the host, weights of every origin are alike to jit, and stages of one config share their programs.
-  found = evaluate.answer(model.config, jax.device_get(params), rows)
-  return {'scores': as_lists(scores.score(*found[:2])), 'clips': [q.clip for q in found.questions],
+  params = jax.device_get(params)
+  found = evaluate.answer(model.config, params, rows)
+  lost = {'losses': answer_losses.losses(model.config, params, rows)._asdict()} if name in ladder_page.SWITCH else {}
+  return lost | {'scores': as_lists(scores.score(*found[:2])), 'clips': [q.clip for q in found.questions],
           'earned': [round(scores.points(q, a), 4) for q, a in zip(*found[:2])]}
 
 
