@@ -7,8 +7,9 @@ import pytest
 from configs import ladder as recipe
 from configs import pretrain, quickstart, sft
 from data_pipelines.errors import InputError
-from data_pipelines.frameforge import transcript
+from data_pipelines.frameforge import captions, transcript
 from keye_jax.config import RunConfig, check, freeze
+from keye_jax.evals import events
 from keye_jax.steps.optimizer import rates
 from launch import ladder, ladder_page, results
 
@@ -52,6 +53,7 @@ def test_every_stage_runs_once_and_is_scored(tmp_path, capsys, monkeypatch):
   page = (tmp_path / 'ladder.md').read_text()
   assert page.startswith('# a\n') and page.endswith(f'{ladder_page.END}\nb\n') and 'old' not in page
   assert '| sft | 2, ' in page and '- 3 minus 2: ' in page
+  assert 'event_recall' in measured['stages']['1']['scores'] and 'event recall' in page.replace('_', ' ')
   assert len(measured['stages']['3-dense']['losses']['nats']) == asked and f'({asked} answers, ' in page
   with pytest.raises(InputError, match='stage 1 was measured with another recipe'):
     other = dataclasses.replace(stages['1'], train=dataclasses.replace(stages['1'].train, seed=1))
@@ -130,3 +132,14 @@ def test_the_table_has_a_line_for_each_and_the_towers_below():
   assert lines[2] == '| majority | – | 0.30 (0.20–0.40) |' and '| 1 | 2, 1.0 min | 0.60 (0.60–0.60) |' in lines
   assert len(lines) == 2 + 1 + 8 + 2
   assert lines[-1].startswith('vit: 3 steps, 0.5 min') and '0.50 (0.40–0.60)' in lines[-1]
+
+
+def test_a_clip_is_asked_for_all_of_its_events():
+  row = {'id': 'a', 'videos': ['a.mp4'], 'seconds': 4.0, 'messages': [{'role': 'user', 'content': '<video>'}],
+         'type': ['count'], 'branches': [['asked']],
+         'events': {'digit': [7, 3, 7], 'interval': [[2.5, 3.0], [1.0, 1.5], [0.5, 2.0]]}}
+  made = captions.asked(row)
+  assert made['type'] == ['list'] and [t['content'] for t in made['branches'][0]] == [
+      'When does each digit appear?', '3 1.0 - 1.5, 7 0.5 - 2.0, 7 2.5 - 3.0']
+  assert events.score([made['branches'][0][1]['content']], [made['branches'][0][1]['content']], ['a']
+                      )['event_recall'].value == 1
