@@ -84,8 +84,8 @@ def full(stage: str) -> RunConfig:
 
   # One vision row of 81,920 patches holds the largest image, 20,480 tokens; a row of tokens can be all vision.
   wide = dict(vision_patches=81920)
-  # Rows hold very different numbers of pictures, devices see equal shares of all of them (docs/scale.md). About half of
-  # the vision slots hold a picture: there is room for three quarters.
+  # Rows hold very different numbers of pictures, devices see equal shares of all of them (docs/scale.md). Ours: room
+  # for three quarters of the vision slots; frames of a batch that needs more stay at home.
   even = dict(vision_balance=0.75)
   # 256K tokens a row over 256 chips; ahead of time it needs 1.6 GB of arguments and 10.5 GB of temporaries a chip.
   # A row at a time, often full of pictures.
