@@ -52,8 +52,9 @@ setup(
     'aot': [f'jax[tpu]{JAX}', f'jax-cuda12-plugin{JAX}', f'jax-cuda12-pjrt{JAX}', 'nvidia-cuda-nvcc-cu12'],
     'tpu': [f'jax[tpu]{JAX}'],
     'gpu': [f'jax[cuda12]{JAX}'],
-    # jax.distributed finds its processes on Kubernetes through the `kubernetes` client.
-    'cluster': [f'jax[k8s]{JAX}'],
+    # jax.distributed finds its processes on Kubernetes through the `kubernetes` client. Ray: data.readers='ray', and
+    # what `keye launch --target ray` runs on the cluster.
+    'cluster': [f'jax[k8s]{JAX}', 'ray>=2.50,<3'],
   },
   entry_points={'console_scripts': ['keye = launch.cli:entry']},
   classifiers=[

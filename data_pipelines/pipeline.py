@@ -1,8 +1,8 @@
 """From a file of rows to training batches and evaluation prompts, on grain (which imports jax; nothing here uses it).
 
 rows -> shuffle, a new order each epoch -> a stream's slice -> mix the sources (mixture.py) -> load media and tokenise
-(threads, or worker processes; of a built corpus, read the sample) -> pack a window of samples into rows -> batch ->
-read ahead (streams.py).
+(threads, worker processes or actors of Ray; of a built corpus, read the sample) -> pack a window of samples into rows
+-> batch -> read ahead (streams.py).
 
 The order depends on the seed, the number of streams and the shapes, on nothing else: not on the number of processes or
 workers or the cache. A row that cannot be used stays in the stream as a `Skip`, so positions, and with them exact
@@ -21,7 +21,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from data_pipelines import chat, images, mixture, packing, sources, streams, tokenizer, video
+from data_pipelines import chat, images, mixture, packing, ray_readers, sources, streams, tokenizer, video
 from data_pipelines.errors import InputError
 from data_pipelines.schema import Batch, Example
 
@@ -58,16 +58,17 @@ def train_batches(data, batch: int, seed: int, process_index: int = 0, process_c
   if batch % process_count:
     raise InputError(f'train.batch={batch} rows are not divisible by {process_count} processes')
   load = Load(data, patch, merge, strict)
+  readers = READERS[data.readers](load, report)
 
   def opened(stream: int, of: int):
     if batch % of:
       raise InputError(f'train.batch={batch} rows cannot come in equal shares from data.streams={of} streams')
-    here = of // process_count             # streams of this process share its workers; order does not depend on them
-    workers = -(-data.workers // max(here, 1))
-    samples = shuffled(load, seed, stream, of)
-    return iter(Packed(samples, load.shape, batch // of, data.pack, workers, mixture.epoch(load.rows, of)))
+    here = of // process_count             # streams of this process share its readers; order does not depend on them
+    read = lambda samples: readers.read(samples, here)
+    samples = mixture.stream(load.rows, seed, stream, of).map(readers.load)
+    return iter(Packed(samples, load.shape, batch // of, data.pack, read, mixture.epoch(load.rows, of)))
 
-  reading = streams.Reading(data.max_wait_seconds, data.workers > 0, report)
+  reading = streams.Reading(data.max_wait_seconds, readers, report)
   return streams.Batches(opened, load.rows, (process_index, process_count), data.streams or process_count, reading)
 
 
@@ -89,9 +90,26 @@ def heldout_batches(load: 'Load', batch: int, process_index: int, process_count:
       rows = rows[batch:]
 
 
-def shuffled(load: 'Load', seed: int, stream: int, of: int) -> grain.MapDataset:
-  """The endless samples of stream `stream` of `of`."""
-  return mixture.stream(load.rows, seed, stream, of).map(load)
+def threaded(samples: grain.MapDataset) -> grain.IterDataset:
+  """In order, read ahead by threads."""
+  threads = min(4, os.cpu_count() or 1)
+  return samples.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+
+
+def local_readers(load: 'Load', report: Callable[[str], None]) -> streams.Readers:
+  """Threads of this process, or of `data.workers` processes of grain's beside it."""
+  def read(samples: grain.MapDataset, sharing: int) -> grain.IterDataset:
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()           # grain hands absl's flags, of which we use none, on to its workers
+    workers = -(-load.data.workers // max(sharing, 1))
+    return threaded(samples).mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=2))
+
+  if not load.data.workers:
+    return streams.Readers(load, lambda samples, sharing: threaded(samples))
+  return streams.Readers(load, read, streams.kill_children)
+
+
+READERS = {'local': local_readers, 'ray': ray_readers.readers}
 
 
 def row_shape(data, patch: int = 14, merge: int = 2) -> packing.Shape:
@@ -199,23 +217,18 @@ class Packed(grain.IterDataset):
   """Samples to (Batch, the skips met on the way, (file:row, tokens) of the batch's samples). State: first sample of the
   window, rows of it already given out."""
 
-  def __init__(self, stream: grain.MapDataset, shape, rows: int, together: bool, workers: int, epoch: int):
+  def __init__(self, stream: grain.MapDataset, shape, rows: int, together: bool,
+               read: Callable[[grain.MapDataset], grain.IterDataset], epoch: int):
     super().__init__()
     self.stream, self.shape, self.rows, self.together, self.epoch = stream, shape, rows, together, epoch
-    self.workers = workers
+    self.read = read
 
   def __iter__(self):
     return PackedIterator(self)
 
   def samples(self, start: int):
-    """Iterator over the stream from sample `start`, in order whatever the number of workers."""
-    threads = min(4, os.cpu_count() or 1)
-    stream = self.stream[start:].to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
-    if self.workers:
-      if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()         # grain hands absl's flags, of which we use none, on to its workers
-      stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=2))
-    return iter(stream)
+    """Iterator over the stream from sample `start`, in order whoever reads."""
+    return iter(self.read(self.stream[start:]))
 
 
 class PackedIterator(grain.DatasetIterator):

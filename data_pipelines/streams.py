@@ -35,10 +35,18 @@ class Stuck(InputError):
   """Reading a batch takes longer than it may, and its threads cannot be ended: the process has to be."""
 
 
+class Readers(NamedTuple):
+  """Who makes samples of row numbers: this process, others beside it, or others elsewhere."""
+  load: Callable[[int], Any]                 # a row number -> its sample
+  read: Callable[[Any, int], Any]            # (grain.MapDataset of samples, streams that share them) -> IterDataset
+  kill: Callable[[], None] | None = None     # ends their processes, which are then replaced; None: they have none
+  close: Callable[[], None] = lambda: None   # at the end
+
+
 class Reading(NamedTuple):
-  """How to read. waits: seconds that a batch may take. workers: whether there are processes that can be replaced."""
+  """How to read. waits: seconds that a batch may take."""
   waits: float
-  workers: bool
+  readers: Readers
   report: Callable[[str], None]
 
 
@@ -104,8 +112,15 @@ class Batches:
       stream.set_state(state['streams'][str(self._first + i)])
 
   def close(self) -> None:
+    self._reading.readers.close()
     for stream in self._streams:
       stream.close()
+
+
+def kill_children() -> None:
+  """Kills the processes that this one started with multiprocessing, as grain does."""
+  for child in multiprocessing.active_children():
+    child.kill()
 
 
 def join(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -163,9 +178,8 @@ class Stream:
                        f'{reading.waits:.0f} s (data.max_wait_seconds)')
         limit = min(SAY_AFTER, reading.waits - waited)
         continue
-      if reading.workers:          # a killed worker is one that died
-        for child in multiprocessing.active_children():
-          child.kill()
+      if reading.readers.kill:     # a killed worker is one that died
+        reading.readers.kill()
         if (found := ahead.get(KILL_SECONDS)) is not None and not isinstance(found, tuple):
           raise WorkerDied(f'no batch for {waited:.0f} s (data.max_wait_seconds); its workers were killed')
       if found is None:
@@ -234,8 +248,7 @@ class _Ahead:
     if self._thread.ident is None:
       return self._iterator.close()
     if not self._joined():
-      for child in multiprocessing.active_children():
-        child.kill()
+      kill_children()
       self._joined()
 
   def _joined(self) -> bool:

@@ -145,7 +145,8 @@ class DataConfig:
   max_pixels: int = 67108864      # of one picture or frame as stored: 8192 x 8192
   max_decode_seconds: float = 600.0     # for reading one video
   cache_mb: int = 0               # decoded media kept in memory, per process
-  workers: int = 0                # grain worker processes, per process
+  readers: Literal['local', 'ray'] = 'local'      # where samples are made: beside the process that trains, or anywhere
+  workers: int = 0                # worker processes of grain, or actors of Ray, for each process that trains
   streams: int = 0                # that the rows of a batch come from; 0: as many as there are processes at the start
   max_wait_seconds: float = 1800.0      # for one batch; then workers are replaced, and without any the run ends
 
@@ -222,6 +223,8 @@ def check(config: RunConfig) -> RunConfig:
        f'data.sources: the names {[s.name for s in config.data.sources]} must be different and not empty'),
       *((s.weight <= 0, f'data.sources: {s.name!r} has weight {s.weight}; it must be above 0, or leave the source out')
         for s in config.data.sources),
+      (config.data.readers == 'ray' and config.data.workers < 1,
+       "data.readers = 'ray' needs data.workers, the number of actors for each process that trains"),
       (config.data.streams and train.batch % config.data.streams,
        f'train.batch = {train.batch} rows cannot come in equal shares from data.streams = {config.data.streams}'),
       (train.spike_factor and train.spike_factor <= 1,

@@ -21,7 +21,8 @@ LOCK = '.lock'
 # is in the data is compared by its fingerprint.
 FREE = ('train.steps', 'train.log_every', 'train.save_every', 'train.keep', 'train.max_bad_steps',
         'train.spike_factor', 'train.heldout', 'train.eval_every', 'train.patience', 'mesh.data', 'mesh.context',
-        'mesh.expert', 'data.path', 'data.tokenizer', 'data.cache_mb', 'data.workers', 'data.max_wait_seconds')
+        'mesh.expert', 'data.path', 'data.tokenizer', 'data.cache_mb', 'data.readers', 'data.workers',
+        'data.max_wait_seconds')
 
 
 def read_config(run: str | os.PathLike) -> RunConfig:

@@ -54,7 +54,9 @@ def run(ray, args) -> int:
 
   try:
     coordinator = f'{ray.get(on(0, address).remote())}:{PORT}'
-    started = [on(host, start).remote(args.command, coordinator, args.hosts, host) for host in range(args.hosts)]
+    cluster = ray.get_runtime_context().gcs_address
+    started = [on(host, start).remote(args.command, coordinator, args.hosts, host, cluster)
+               for host in range(args.hosts)]
     codes = []
     for ref in started:
       try:
@@ -72,8 +74,10 @@ def address() -> str:
   return ray.util.get_node_ip_address()
 
 
-def start(command: Sequence[str], coordinator: str, hosts: int, host: int) -> int:
-  env = dict(os.environ, KEYE_COORDINATOR=coordinator, KEYE_PROCESSES=str(hosts), KEYE_PROCESS=str(host))
+def start(command: Sequence[str], coordinator: str, hosts: int, host: int, cluster: str) -> int:
+  # The cluster: where a process of the run finds actors that decode for it, data.readers='ray'.
+  env = dict(os.environ, KEYE_COORDINATOR=coordinator, KEYE_PROCESSES=str(hosts), KEYE_PROCESS=str(host),
+             RAY_ADDRESS=cluster)
   code = subprocess.run(command, env=env).returncode
   return 128 - code if code < 0 else code
 

@@ -19,7 +19,7 @@ import pytest
 from grain.experimental import LimitIterDataset, assert_equal_output_after_checkpoint
 from PIL import Image
 
-from data_pipelines import chat, pipeline, sources, tokenizer, video
+from data_pipelines import chat, mixture, pipeline, sources, tokenizer, video
 from data_pipelines.corpus import flow, local, looks, shards, steps, words
 from data_pipelines.errors import InputError
 from keye_jax.config import DataConfig, SourceConfig
@@ -138,8 +138,9 @@ def test_training_reads_a_corpus_as_it_reads_the_rows(folder, built, tmp_path):
   for it in (of_rows, of_corpus, again):
     it.close()
   load = pipeline.Load(data[1], 14, 2, strict=True)
+  stream = mixture.stream(load.rows, 5, 0, 1).map(load)
   assert_equal_output_after_checkpoint(LimitIterDataset(
-      pipeline.Packed(pipeline.shuffled(load, 5, 0, 1), load.shape, 2, True, 0, 5), 5))
+      pipeline.Packed(stream, load.shape, 2, True, pipeline.threaded, 5), 5))
 
 
 def test_a_corpus_is_a_source_of_a_mixture(folder, built):

@@ -9,7 +9,7 @@ from absl import flags
 from grain.experimental import LimitIterDataset, assert_equal_output_after_checkpoint
 from PIL import Image
 
-from data_pipelines import chat, pipeline, tokenizer
+from data_pipelines import chat, mixture, pipeline, tokenizer
 from data_pipelines.errors import InputError
 from data_pipelines.frameforge import render
 from keye_jax.config import DataConfig
@@ -93,8 +93,8 @@ def test_order_depends_on_the_seed_alone(path):
 def test_every_state_restores(path, together, monkeypatch):
   monkeypatch.setattr(pipeline, 'WINDOW_ROWS', 3)         # several windows, and states inside one
   load = pipeline.Load(config(path), 14, 2, strict=False)
-  stream = pipeline.shuffled(load, 5, 0, 1)
-  packed = pipeline.Packed(stream, load.shape, 2, together, 0, 24)
+  stream = mixture.stream(load.rows, 5, 0, 1).map(load)
+  packed = pipeline.Packed(stream, load.shape, 2, together, pipeline.threaded, 24)
   assert_equal_output_after_checkpoint(LimitIterDataset(packed, 9))
 
 

@@ -56,7 +56,7 @@ def test_processes_read_disjoint_rows_and_together_all_of_them(path):  # noqa: F
   good = [f'{path}:{i + 1}' for i in range(24) if i not in (4, 9)]
   load, seen = pipeline.Load(config(path), 14, 2, strict=False), []
   for process in range(2):
-    stream = pipeline.shuffled(load, 2, process, 2)
+    stream = mixture.stream(load.rows, 2, process, 2).map(load)
     share = sum(not isinstance(stream[i], pipeline.Skip) for i in range(12))        # of the first epoch
     reader, rows = pipeline.train_batches(config(path, pack=False), 2, 2, process, 2), []
     while len(rows) < share:
@@ -96,9 +96,9 @@ class OneSource:
     return 'a'
 
 
-def numbers(trouble, waits=5.0, workers=False):
+def numbers(trouble, waits=5.0):
   said = []
-  reading = streams.Reading(waits, workers, said.append)
+  reading = streams.Reading(waits, streams.Readers(load=None, read=None), said.append)
   return streams.Batches(lambda s, of: Numbers(trouble), OneSource(), (0, 1), 1, reading), said
 
 

@@ -186,6 +186,7 @@ def fake_ray(monkeypatch, codes):
       return self
   ray = types.ModuleType('ray')
   ray.init, ray.get, ray.remote = lambda: None, lambda ref: ref, Remote
+  ray.get_runtime_context = lambda: types.SimpleNamespace(gcs_address='10.0.0.9:6379')
   ray.exceptions = types.SimpleNamespace(RayError=RuntimeError)
   groups_module, strategies = types.ModuleType('g'), types.ModuleType('s')
   groups_module.placement_group = lambda bundles, strategy: groups.append((bundles, strategy)) or Group()
@@ -203,16 +204,17 @@ def test_ray_driver_starts_a_process_on_each_host_and_all_again_after_a_failure(
   argv = ['--hosts', '2', '--devices', '8', '--restarts', '5', '--', 'keye', 'train', '--out', 'x']
   assert ray_hosts.main(argv) == 0
   command = ['keye', 'train', '--out', 'x']
-  assert started == [(host, (command, '10.0.0.0:8476', 2, host)) for host in (0, 1)] * 2
+  assert started == [(host, (command, '10.0.0.0:8476', 2, host, '10.0.0.9:6379')) for host in (0, 1)] * 2
   assert groups == [([{'CPU': 1, 'GPU': 8}] * 2, 'STRICT_SPREAD')] * 2
   started, _ = fake_ray(monkeypatch, [2, 2])
   assert ray_hosts.main(argv) == 2 and len(started) == 2            # wrong input stays wrong
 
 
 def test_ray_host_runs_the_command_with_its_place(tmp_path):
-  code = 'import os, sys; sys.exit(7 * (os.environ["KEYE_PROCESS"] == "1" and os.environ["KEYE_PROCESSES"] == "2"))'
-  assert ray_hosts.start([sys.executable, '-c', code], 'h:1', 2, 1) == 7
-  assert ray_hosts.start(['bash', '-c', 'kill -9 $$'], 'h:1', 2, 1) == 137
+  names = 'KEYE_PROCESS', 'KEYE_PROCESSES', 'RAY_ADDRESS'
+  code = f'import os, sys; sys.exit(7 * ([os.environ[name] for name in {names}] == ["1", "2", "r:2"]))'
+  assert ray_hosts.start([sys.executable, '-c', code], 'h:1', 2, 1, 'r:2') == 7
+  assert ray_hosts.start(['bash', '-c', 'kill -9 $$'], 'h:1', 2, 1, 'r:2') == 137
 
 
 @pytest.mark.parametrize('args, message', [
