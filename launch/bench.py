@@ -1,6 +1,7 @@
 """`keye bench video`: speed of reading clips on one core, beside bare PyAV (launch/bench_video.py).
 
-`keye bench attention`: dense and sparse attention of one layer as the row grows (launch/bench_attention.py).
+`keye bench attention`: dense, masked dense and sparse attention of one layer as the row grows, forward and backward,
+prefill and decoding (launch/bench_attention.py).
 
 `keye bench model`: speed of one mid-sized decoder on this machine's CPU, beside transformers if asked.
 
@@ -53,7 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--dsa', type=int, default=0, metavar='TOKENS',
                       help='also time the parts of sparse attention from 8192 to TOKENS, and prefill at TOKENS with '
                       'sparse and with dense attention')
-  parser.add_argument('--max-length', type=int, default=65536, metavar='TOKENS', help='`attention`: the longest row')
+  chosen = dict(action='append', help='`attention`: only these; several times')
+  parser.add_argument('--length', type=int, metavar='TOKENS', **chosen)
+  parser.add_argument('--union', choices=('1', '2', '4', '8', 'random'), **chosen)
+  parser.add_argument('--phase', choices=('prefill', 'decode'), **chosen)
+  parser.add_argument('--direction', choices=('forward', 'backward'), **chosen)
   parser.add_argument('--json', action='store_true', help='print the evidence record instead of a table')
   parser.add_argument('--out', help='also write the evidence record to this file')
 
