@@ -203,50 +203,49 @@ class WorkerDied(Exception):
 
 
 class _Ahead:
-  """Reads an iterator in a thread that begins with the first `get`."""
+  """Reads an iterator in a thread that begins with the first `get`, and closes it there: as the interpreter ends,
+  Python 3.12 starts no thread any more."""
 
   def __init__(self, iterator):
     self._iterator, self._ready, self._stop = iterator, queue.Queue(AHEAD), threading.Event()
     self._thread, self._ended = threading.Thread(target=self._work, daemon=True, name='data'), None
 
   def _work(self) -> None:
-    while not self._stop.is_set():
+    while not self._stop.is_set() and self._ended is None:
       try:
         found = next(self._iterator), self._iterator.get_state()
       except BaseException as e:             # raised where the batch is asked for
         found = self._ended = e
       self._ready.put(found)
-      if not isinstance(found, tuple):
-        return
+    self._iterator.close()
 
   def get(self, seconds: float):
     """(item, state behind it), the exception that ended the iterator, or None when there is nothing in time."""
     if self._thread.ident is None:
       self._thread.start()
-    more = self._thread.is_alive()
     try:
-      return self._ready.get(timeout=seconds if more else 0.01)
+      return self._ready.get(timeout=seconds if self._ended is None else 0.01)
     except queue.Empty:
-      return None if more else self._ended
+      return self._ended
 
   def close(self) -> None:
-    """Waits for the item under way, but not for one that hangs; a worker that does is killed."""
+    """Waits for the item under way and for the workers, but not for any that hang: those are killed."""
     self._stop.set()
-    deadline = time.monotonic() + KILL_SECONDS
-    while self._thread.is_alive():           # it may wait for a place in the queue
-      if time.monotonic() > deadline:
-        return
-      try:
-        self._ready.get(timeout=0.01)
-      except queue.Empty:
-        pass
-    closing = threading.Thread(target=self._iterator.close, daemon=True)
-    closing.start()
-    closing.join(KILL_SECONDS)
-    if closing.is_alive():                   # grain waits for a worker that hangs
+    if self._thread.ident is None:
+      return self._iterator.close()
+    if not self._joined():
       for child in multiprocessing.active_children():
         child.kill()
-      closing.join(KILL_SECONDS)
+      self._joined()
+
+  def _joined(self) -> bool:
+    deadline = time.monotonic() + KILL_SECONDS
+    while self._thread.is_alive() and time.monotonic() < deadline:
+      try:
+        self._ready.get(timeout=0.01)        # the thread may wait for a place in the queue
+      except queue.Empty:
+        pass
+    return not self._thread.is_alive()
 
 
 def _shut(live: list) -> None:

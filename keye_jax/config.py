@@ -79,7 +79,7 @@ class ModelConfig:
   attention: Literal['dense', 'warmup', 'sparse'] = 'dense'   # warmup: dense attention, indexer learns beside it
   dtype: Literal['float32', 'bfloat16'] = 'float32'           # of computation
   param_dtype: Literal['float32', 'bfloat16'] = 'float32'
-  remat: Literal['none', 'block', 'attention'] = 'none'       # what backward computes again: nn/layers.py
+  remat: Literal['none', 'block', 'attention', 'offload'] = 'none'      # what backward computes again: nn/layers.py
   experts_transport: Literal['local', 'ring', 'padded', 'ragged'] = 'local'       # keye_jax/nn/transport.py
   experts_capacity: float = 2.0   # of 'padded' and 'ragged': room for picks, over their mean
   layout: Literal['train', 'train_long', 'decode'] = 'train'  # which table of keye_jax/sharding.py the program uses
@@ -198,6 +198,9 @@ def check(config: RunConfig) -> RunConfig:
        f'model.text.heads = {text.heads} is no multiple of kv_heads = {text.kv_heads}'),
       (text.experts and not 1 <= text.experts_per_token <= text.experts,
        f'model.text.experts_per_token = {text.experts_per_token} must be 1 to experts = {text.experts}'),
+      (text.indexer.heads and any(s * text.indexer.head_dim % text.head_dim for s in text.mrope_section),
+       f'model.text.mrope_section = {text.mrope_section} of head_dim = {text.head_dim} does not scale to whole numbers '
+       f'for indexer.head_dim = {text.indexer.head_dim}'),
       (text.mrope_section and 2 * sum(text.mrope_section) != text.head_dim,
        f'model.text.mrope_section = {text.mrope_section} must sum to half of head_dim = {text.head_dim}'),
       (contrast and (text.experts or text.indexer.heads or not vision.layers),

@@ -113,6 +113,9 @@ def start(config: RunConfig, out: pathlib.Path, made: begin.Programs, checkpoint
           meter: Meter, kept: dict[str, Any]) -> tuple[State, int, dict[str, Any]]:
   """State, step and how the held-out evaluations went, to go on from: those of the newest whole checkpoint, else of
   step 0. Writes RUN/config.json. kept: what this run's checkpoints will say of dataset and base."""
+  if config.model.remat == 'offload' and jax.default_backend() == 'cpu' and not jax.sharding.get_abstract_mesh().empty:
+    raise InputError("model.remat = 'offload' does not run on a mesh of CPUs: XLA's partitioner for them refuses to "
+                     "place scalars in a memory; write 'attention' there")
   words = pipeline.open_tokenizer(config.data)
   if words.size > config.model.text.vocab:
     raise InputError(f'{config.data.path}: its tokenizer has {words.size} tokens, more than model.text.vocab = '

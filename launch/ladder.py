@@ -21,15 +21,16 @@ import jax
 from configs import ladder as recipe
 from configs import quickstart
 from data_pipelines.errors import InputError
-from data_pipelines.frameforge import transcript
-from keye_jax import api, retrieval
+from data_pipelines.frameforge import captions, transcript
+from keye_jax import answer_losses, api, retrieval
 from keye_jax.config import RunConfig
-from keye_jax.evals import questions, scores
+from keye_jax.evals import events, questions, scores
 from keye_jax.evals.scores import Score
 from launch import evaluate, ladder_page, results, runtime
 from launch.stages import Clock, Stopped, build, train
 
 TEXT = 'text'             # the stage that answers about transcripts
+CAPTION_TOKENS = 64       # of an answer that lists the events of a clip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +64,7 @@ def main(out: pathlib.Path, stages: dict[str, RunConfig], clips: dict[str, int],
   with clock.stage('Build clips, pictures and transcripts with exact answers'):
     build(data, clips, vocab)
     transcript.write(data)
+    captions.write(data)
   if not measured.content['baselines']:
     asked = questions.texts(str(data / 'heldout.jsonl'))
     trivial = evaluate.trivial(asked, questions.texts(str(data / 'train.jsonl')))
@@ -88,16 +90,24 @@ def main(out: pathlib.Path, stages: dict[str, RunConfig], clips: dict[str, int],
 
 def score(name: str, config: RunConfig, out: pathlib.Path, data: pathlib.Path) -> dict[str, Any]:
   """{'scores': {name: [value, low, high, n]}} of a stage; with 'clips' and 'earned' of each question, in the order of
-  the file, for one that answers."""
+  the file, for one that answers, and with 'losses' of each answer where the switch to sparse attention is judged."""
   if config.model.contrast:
     return {'scores': as_lists(retrieval.scores(str(out / name), str(data / 'heldout_images.jsonl')))}
   model, params = api.load_pretrained(out / name)
-  file = f'{transcript.FILES["heldout"] if name == TEXT else "heldout"}.jsonl'
-  rows = dataclasses.replace(model.data, path=str(data / file))
+  config = model.config
   # From the host, weights of every origin are alike to jit, and stages of one config share their programs.
-  found = evaluate.answer(model.config, jax.device_get(params), rows)
-  return {'scores': as_lists(scores.score(*found[:2])), 'clips': [q.clip for q in found.questions],
-          'earned': [round(scores.points(q, a), 4) for q, a in zip(*found[:2])]}
+  params = jax.device_get(params)
+  rows = lambda file: dataclasses.replace(model.data, path=str(data / file))
+  main_rows = rows(f'{transcript.FILES["heldout"] if name == TEXT else "heldout"}.jsonl')
+  asked, answers, _ = evaluate.answer(config, params, main_rows)
+  scored = scores.score(asked, answers)
+  found = {'clips': [q.clip for q in asked], 'earned': [round(scores.points(*pair), 4) for pair in zip(asked, answers)]}
+  if name in ladder_page.SWITCH:
+    found['losses'] = answer_losses.losses(config, params, main_rows)._asdict()
+  if name != TEXT:
+    asked, answers, _ = evaluate.answer(config, params, rows(captions.FILE), new_tokens=CAPTION_TOKENS)
+    scored |= events.score(answers, [q.expected for q in asked], [q.clip for q in asked])
+  return found | {'scores': as_lists(scored)}
 
 
 def as_lists(found: dict[str, Score]) -> dict[str, list[float]]:

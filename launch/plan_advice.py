@@ -15,9 +15,11 @@ def advice(config: RunConfig, found: dict[str, Any]) -> list[str]:
     if kept > size['hbm'] / 2:
       lines.append(f'parameters and optimizer alone take {kept / GIB:.1f} of {size["hbm"] / GIB:.0f} GiB: use more '
                    'devices, or model.param_dtype = bfloat16')
-    if model.remat != 'block':
+    if model.remat in ('none', 'attention'):
       lines.append("model.remat = 'block' keeps one hidden state a layer instead of "
                    + ('all activations' if model.remat == 'none' else "that and attention's output"))
+    if model.remat != 'offload':
+      lines.append("model.remat = 'offload' keeps what is kept of each layer in the memory of the host")
     rows = config.train.batch // config.train.accumulate
     groups = mesh['data'] * mesh['expert']
     if rows > groups:

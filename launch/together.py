@@ -6,6 +6,7 @@ process that fails, or finds another one gone, leaves its message with the coord
 look there every second. Process 0 leaves last, since the coordinator goes with it: jax.distributed aborts whoever finds
 it gone. When process 0 is killed that still happens, and `end_aborts_in_words` has the last word.
 """
+import contextlib
 import ctypes
 import os
 import re
@@ -60,7 +61,7 @@ def run(name: str, work: Callable[[], int]) -> int:
   except KeyboardInterrupt:
     code, line = 130, 'interrupted'
   except Exception as e:
-    if _other_end_gone(e):
+    if other_end_gone(e):
       time.sleep(3 * LOOK_SECONDS)     # the watcher says why, if the other process could
       _leave_together(client, me, count, FAILED, LOST, f'another process of the run {AGAIN}', where, gone=1)
     code, line = LOST if isinstance(e, streams.Stuck) else 2, str(e)
@@ -93,10 +94,14 @@ def _aborted(name: str) -> NoReturn:
   _leave(LOST, f'keye {name}: process {state.process_id} of {state.num_processes}: {who}')
 
 
-def _other_end_gone(error: Exception) -> bool:
-  """Also where a save failed of it, which is told as wrong input with the error as its cause."""
+def other_end_gone(error: Exception) -> bool:
+  """Also where a save failed of it, which is told as wrong input with the error as its cause.
+
+  jaxlib raises a failed collective as RuntimeError where the program is called and as ValueError where its result is
+  read first.
+  """
   error = error.__cause__ if isinstance(error, InputError) else error
-  return isinstance(error, RuntimeError | OSError) and bool(_GONE.search(str(error)))
+  return isinstance(error, RuntimeError | OSError | ValueError) and bool(_GONE.search(str(error)))
 
 
 def _watch(name: str, client, me: int, count: int, done: threading.Event) -> None:
@@ -145,11 +150,14 @@ def _leave(code: int, line: str) -> NoReturn:
 
 
 def _say(line: str) -> None:
+  """Also where nobody reads stderr any more: whoever says why it ends must end."""
   _ending.acquire()
-  print(line, file=sys.stderr, flush=True)
+  with contextlib.suppress(OSError):
+    print(line, file=sys.stderr, flush=True)
 
 
 def _exit(code: int) -> NoReturn:
   """Without waiting for anybody: shutting jax.distributed down would, for the processes that are gone."""
-  sys.stdout.flush()
+  with contextlib.suppress(OSError):
+    sys.stdout.flush()
   os._exit(code)

@@ -1,14 +1,16 @@
 """Eight forced CPU devices, float32 matmuls at full precision, one compilation cache for all tests.
 
-Compiling is most of the tests' time, and at LLVM's level 1 takes two thirds of it. Level 0 would be faster still, but
-rounds so differently between two programs that a top-k of nearly equal scores picks other keys.
+LLVM's level 1 compiles in two thirds of the time of its usual one. Level 0 would be faster still, but rounds so
+differently between two programs that a top-k of nearly equal scores picks other keys.
 """
 import os
 import pathlib
 
+from tests import compiling
+
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), '--xla_force_host_platform_device_count=8',
-                                    '--xla_backend_optimization_level=1'])
+# The environment has the last word.
+os.environ['XLA_FLAGS'] = f'{compiling.flags(1, 8)} {os.environ.get("XLA_FLAGS", "")}'
 
 import jax
 

@@ -7,6 +7,7 @@ import sys
 import time
 
 from keye_jax import checkpoint, metrics
+from tests import compiling
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = '''
@@ -33,7 +34,7 @@ def start(config, out, count: int = 2, devices: int = 1) -> list[subprocess.Pope
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
   env = dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS='cpu', KEYE_COORDINATOR=f'127.0.0.1:{port}',
-             KEYE_PROCESSES=str(count), XLA_FLAGS=f'--xla_force_host_platform_device_count={devices}',
+             KEYE_PROCESSES=str(count), XLA_FLAGS=compiling.flags(0, devices),       # no top-k here
              JAX_COMPILATION_CACHE_DIR=str(ROOT / '.jax_cache'),
              JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0', JAX_DEFAULT_MATMUL_PRECISION='highest')
   argv = [sys.executable, '-m', 'launch.cli', 'train', '--config', str(config), '--out', str(out), '--json']

@@ -106,6 +106,7 @@ def test_a_wrong_override_gives_one_line(override, message):
     (['model.text.kv_heads=3'], 'model.text.heads = 4 is no multiple of kv_heads = 3'),
     (['model.text.kv_heads=0'], 'is no multiple of kv_heads = 0'),
     (['model.text.experts_per_token=5'], 'experts_per_token = 5 must be 1 to experts = 4'),
+    (['model.text.indexer.head_dim=6'], 'does not scale to whole numbers for indexer.head_dim = 6'),
     (['model.text.mrope_section=(2, 3, 4)'], '(2, 3, 4) must sum to half of head_dim = 16'),
     (['model.vision.heads=3'], 'model.vision.embed = 32 is no multiple of heads = 3'),
     (["data.sources=({'name': 'a', 'path': 'a', 'weight': 1.0}, {'name': 'a', 'path': 'b', 'weight': 1.0})"],

@@ -19,7 +19,7 @@ LAYERS = [
   ['keye_jax.checkpoint', 'keye_jax.metrics', 'keye_jax.run_folder', 'keye_jax.adapters', 'keye_jax.hf'],
   ['keye_jax.rollout', 'keye_jax.evals'],
   ['keye_jax.loop', 'keye_jax.begin', 'keye_jax.feed', 'keye_jax.heldout', 'keye_jax.meter', 'keye_jax.api',
-   'keye_jax.planning', 'keye_jax.watch', 'keye_jax.retrieval'],
+   'keye_jax.planning', 'keye_jax.watch', 'keye_jax.retrieval', 'keye_jax.answer_losses'],
   ['configs'],
   ['launch'],
 ]

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from data_pipelines.errors import InputError
 from keye_jax import checkpoint, loop
 from keye_jax.config import MeshConfig
 from launch import run_config, together
@@ -65,6 +66,14 @@ def test_an_error_of_one_process_ends_all_with_a_line_each(data, tmp_path):
   assert 'Traceback' not in err + err1
 
 
+def aborting(where: str) -> list[str]:
+  """Command of process 1 of 2, its coordinator at `where`, that is aborted when it reads a line."""
+  return [sys.executable, '-c', 'import os\nfrom jax._src.distributed import global_state as s\n'
+          'from launch import together\n'
+          f's.coordinator_address, s.process_id, s.num_processes = "{where}", 1, 2\n'
+          'together.end_aborts_in_words("train")\ninput()\nos.abort()']
+
+
 @pytest.mark.parametrize('there, line', [
   (False, 'process 0 is gone; run the same command again on all'),
   (True, 'aborted, the reason is above; most likely another process of the run is gone; run the same command again on '
@@ -75,12 +84,28 @@ def test_a_process_that_jax_aborts_ends_with_a_line(there, line):
     coordinator.bind(('127.0.0.1', 0))
     if there:
       coordinator.listen()
-    where = f'127.0.0.1:{coordinator.getsockname()[1]}'
-    aborting = ('import os\nfrom jax._src.distributed import global_state as s\nfrom launch import together\n'
-                f's.coordinator_address, s.process_id, s.num_processes = "{where}", 1, 2\n'
-                'together.end_aborts_in_words("train")\nos.abort()')
-    done = subprocess.run([sys.executable, '-c', aborting], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(aborting(f'127.0.0.1:{coordinator.getsockname()[1]}'), cwd=ROOT, capture_output=True,
+                          text=True, input='\n')
   assert (done.returncode, done.stderr) == (together.LOST, f'keye train: process 1 of 2: {line}\n')
+
+
+def test_a_process_ends_also_when_nobody_reads_what_it_says():
+  """As when the terminal that started it is gone."""
+  process = subprocess.Popen(aborting('127.0.0.1:1'), cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
+  process.stderr.close()
+  process.stdin.write('\n')
+  process.stdin.close()
+  assert process.wait(60) == together.LOST
+
+
+def test_what_jax_raises_when_another_process_is_gone_is_known():
+  reset = 'UNKNOWN: Gloo AllGather failed: transport/tcp/pair.cc:538] Read error: Connection reset by peer'
+  save = InputError('runs/a/checkpoints/9: cannot be saved')
+  save.__cause__ = RuntimeError('DEADLINE_EXCEEDED: Barrier timed out')
+  assert all(map(together.other_end_gone, (RuntimeError(reset), ValueError(reset), OSError('Broken pipe'), save)))
+  assert not any(map(together.other_end_gone, (ValueError('shapes (3,) and (4,)'), TypeError(reset),
+                                               InputError('a.jsonl: UNAVAILABLE'))))
 
 
 @pytest.mark.slow

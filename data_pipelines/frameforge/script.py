@@ -12,6 +12,7 @@ LENGTHS = range(8, 15)         # of a clip
 SLOTS = (2, 3, 4)
 PAIR_SHARE = 0.25              # of clips: those with two digits at once
 ALONE, LEFT, RIGHT = range(3)  # where on the screen
+LIST = 'When does each digit appear?'
 
 
 class Event(NamedTuple):
@@ -127,20 +128,20 @@ def _at(rng, event) -> Question:
 
 
 def _when(event, events) -> Question:
-  return Question('ground', f'When does {event.digit} appear?', _said(event), event.interval,
+  return Question('ground', f'When does {event.digit} appear?', said(event.digit, event.interval), event.interval,
                   tuple(o.interval for o in events if o is not event))
 
 
 def _with_list(rng, plot: Script) -> Script:
   """Events by digit, not by time: what comes next must be found by its digit."""
   events = sorted(plot.events, key=lambda e: (e.digit, e.start))
-  asked = Question('list', 'When does each digit appear?', ', '.join(map(_said, events)))
+  asked = Question('list', LIST, ', '.join(said(e.digit, e.interval) for e in events))
   at = int(rng.integers(len(plot.questions) + 1))
   return plot._replace(questions=(*plot.questions[:at], asked, *plot.questions[at:]))
 
 
-def _said(event) -> str:
-  return '{} {:.1f} - {:.1f}'.format(event.digit, *event.interval)
+def said(digit: int, interval) -> str:
+  return '{} {:.1f} - {:.1f}'.format(digit, *interval)
 
 
 def _order(a: Event, b: Event) -> Question:

@@ -11,6 +11,13 @@ import numpy as np
 Z = 1.959963984540054     # 97.5% quantile of the normal distribution
 
 
+class Relative(NamedTuple):
+  """Of two systems' losses on the same answers."""
+  value: float              # sum of the first over the sum of the second, minus 1
+  low: float                # 95% bootstrap interval over clips
+  high: float
+
+
 class Difference(NamedTuple):
   """Of two systems on the same questions."""
   value: float              # mean of first - second
@@ -37,6 +44,17 @@ def bootstrap(values: Sequence[float], clips: Sequence[str], rounds: int = 2000,
   means = sums[draws].sum(1) / counts[draws].sum(1)
   low, high = np.quantile(means, (0.025, 0.975))
   return float(low), float(high)
+
+
+def relative(first: Sequence[float], second: Sequence[float], clips: Sequence[str], rounds: int = 2000,
+             seed: int = 0) -> Relative:
+  """How much more the first loses, by the total over whole clips drawn with replacement."""
+  if not len(first) == len(second) == len(clips) or not len(first):
+    raise ValueError(f'relative loss of {len(first)} and {len(second)} values and {len(clips)} clips')
+  (mine, _), (theirs, _) = (_by_clip(values, clips) for values in (first, second))
+  draws = np.random.default_rng(seed).integers(len(mine), size=(rounds, len(mine)))
+  low, high = np.quantile(mine[draws].sum(1) / theirs[draws].sum(1) - 1, (0.025, 0.975))
+  return Relative(float(mine.sum() / theirs.sum() - 1), float(low), float(high))
 
 
 def paired(first: Sequence[float], second: Sequence[float], clips: Sequence[str], rounds: int = 2000,

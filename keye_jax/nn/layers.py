@@ -8,9 +8,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax.linen import initializers
+from jax.ad_checkpoint import checkpoint_name
 
 from keye_jax.sharding import Adapted
 from pallas_kernels.equation import ATTENTION
+
+BLOCK = 'block'              # name of a block's input, for jax.checkpoint
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -50,14 +53,23 @@ def swiglu(x_BTD: jax.Array, gate_up_DF2: jax.Array | Adapted, down_FD: jax.Arra
 
 
 def remat(policy: str, block: Callable) -> Callable:
-  """`block` of a scan over layers, whose backward pass computes again what the policy does not keep.
+  """`block(x, inputs)` of a scan over layers, whose backward pass computes again what the policy does not keep.
 
   none: keeps everything. block: keeps a block's input. attention: also what attention leaves to its backward pass, its
-  output above all, so that the longest part of a long row is not done twice.
+  output above all, so that the longest part of a long row is not done twice. offload: the same as attention, but in the
+  memory of the host, where it goes while the next layers run; the backward pass fetches it layer by layer.
   """
-  if policy == 'none':
-    return block
-  keep = jax.checkpoint_policies.save_only_these_names(ATTENTION) if policy == 'attention' else None
+  keep = None
+  match policy:
+    case 'none':
+      return block
+    case 'attention':
+      keep = jax.checkpoint_policies.save_only_these_names(ATTENTION)
+    case 'offload':
+      keep = jax.checkpoint_policies.save_and_offload_only_these_names(
+          names_which_can_be_saved=[], names_which_can_be_offloaded=[ATTENTION, BLOCK], offload_src='device',
+          offload_dst='pinned_host')
+      inner, block = block, lambda x, inputs: inner(checkpoint_name(x, BLOCK), inputs)
   return jax.checkpoint(block, prevent_cse=False, policy=keep)
 
 

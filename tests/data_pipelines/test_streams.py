@@ -3,6 +3,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -12,6 +14,7 @@ from data_pipelines import mixture, pipeline, streams
 from data_pipelines.errors import InputError
 from data_pipelines.schema import Batch
 from tests.data_pipelines.test_pipeline import assert_same, config, path, take  # noqa: F401
+from tests.processes import ROOT
 
 DIED = 'Worker process was terminated unexpectedly with exit code -9. Search the logs above for the source.'
 
@@ -175,3 +178,12 @@ def test_closing_does_not_wait_for_a_worker_that_is_stopped(path, monkeypatch): 
   it.close()
   worker.join(10)
   assert worker.exitcode == -signal.SIGKILL
+
+
+def test_a_process_that_ends_without_closing_says_nothing(path):  # noqa: F811
+  """Python 3.12 starts no thread as it ends."""
+  code = ('from tests.data_pipelines.test_pipeline import config, pipeline, take\n'
+          f'it, unread = (pipeline.train_batches(config({str(path)!r}), 2, seed=9) for _ in range(2))\n'
+          'print(len(take(it, 2)))')
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+  assert (done.returncode, done.stdout, done.stderr) == (0, '2\n', '')

@@ -58,3 +58,13 @@ def test_sign_test(wins, losses, p):
 def test_paired_refuses_lists_of_different_length():
   with pytest.raises(ValueError, match='paired comparison of 2, 3'):
     uncertainty.paired([1, 0], [1, 0, 1], ['a', 'b'])
+
+
+def test_relative_loss_by_hand():
+  """Clip a loses 3 against 2, clip b 5 against 6."""
+  found = uncertainty.relative([1.0, 2.0, 5.0], [1.5, 0.5, 6.0], ['a', 'a', 'b'])
+  assert found.value == 0.0 and found.low == pytest.approx(5 / 6 - 1) and found.high == pytest.approx(0.5)
+  same = uncertainty.relative([1.01, 2.02], [1.0, 2.0], ['a', 'b'])
+  assert all(x == pytest.approx(0.01) for x in same)
+  with pytest.raises(ValueError, match='relative loss of 1 and 2 values and 2 clips'):
+    uncertainty.relative([1.0], [1.0, 2.0], ['a', 'b'])

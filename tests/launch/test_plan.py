@@ -41,7 +41,7 @@ def test_advice_names_what_would_help():
            'bytes': {'fits': False, 'parameters': 2 << 30, 'optimizer': 4 << 30, 'hbm': 32 << 30}}
   lines = ' '.join(plan_advice.advice(config, found))
   assert 'a smaller mesh.expert' in lines and 'a device now holds 8,192 tokens' in lines
-  assert 'model.remat' not in lines and 'param_dtype' not in lines
+  assert "model.remat = 'offload'" in lines and "model.remat = 'block'" not in lines and 'param_dtype' not in lines
   found['bytes'] |= {'optimizer': 40 << 30}
   assert 'take 42.0 of 32 GiB' in ' '.join(plan_advice.advice(config, found))
 

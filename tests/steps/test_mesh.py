@@ -9,13 +9,15 @@ import numpy as np
 import optax
 import pytest
 
-from keye_jax import feed, sharding
+from data_pipelines.errors import InputError
+from keye_jax import feed, loop, sharding
 from keye_jax.config import MeshConfig, OptimizerConfig
 from keye_jax.nn import keye
 from keye_jax.objectives.sft import sft
 from keye_jax.steps import optimizer
 from keye_jax.steps import state as state_lib
 from keye_jax.steps.update import make_update
+from tests import tiny_run
 from tests.nn import batches
 from tests.steps import toy
 from tests.tolerances import assert_close
@@ -92,3 +94,10 @@ def test_muon_on_a_mesh_keeps_values_and_shardings():
         assert other.sharding.is_equivalent_to(weight.sharding, weight.ndim), name
     changes = jax.tree.map(np.asarray, changes)
   jax.tree.map(assert_close, changes, expected)
+
+
+def test_offloading_on_a_mesh_of_cpus_is_refused_in_words(tmp_path):
+  config = tiny_run.config(tiny_run.dataset(tmp_path / 'data'))
+  model = dataclasses.replace(config.model, remat='offload')
+  with mesh(2, 1, 1), pytest.raises(InputError, match="remat = 'offload' does not run on a mesh of CPUs.*'attention'"):
+    loop.train(dataclasses.replace(config, model=model, mesh=MeshConfig(data=2)), tmp_path / 'out')
