@@ -11,6 +11,7 @@ T query time, S key time.
 from typing import Literal
 
 from pallas_kernels import dispatch
+from pallas_kernels.dsa_attention import union
 from pallas_kernels.index_select.xla import is_small
 
 Way = Literal['masked_dense', 'gathered']
@@ -18,7 +19,8 @@ Way = Literal['masked_dense', 'gathered']
 # Of an implementation. On a TPU the kernels mask whole tiles at every length: see tpu.py for why they do not gather.
 WAYS = {'reference': ('masked_dense',), 'xla': ('masked_dense', 'gathered'), 'tpu': ('masked_dense',)}
 
-# Keys over topk up to which a row is masked whole, by platform; measured on a CPU only (docs/kernels.md).
+# Keys of a row up to which it is masked whole, over the fewest that a gather takes: topk, or one step of union.attend.
+# By platform; measured on a CPU only (docs/kernels.md).
 CROSSOVER = {'cpu': 2.0}
 
 
@@ -27,7 +29,8 @@ def choose(implementation: str, T: int, S: int, topk: int, want_kl: bool, way: W
   existing = WAYS[implementation]
   if way is None:
     crossover = CROSSOVER.get(dispatch.platform(), CROSSOVER['cpu'])
-    masked = want_kl or 'gathered' not in existing or is_small(T, S) or S <= crossover * topk
+    short = is_small(T, S) or S <= crossover * max(topk, union.GATHER)
+    masked = short or want_kl or 'gathered' not in existing
     return 'masked_dense' if masked else 'gathered'
   if way not in existing:
     raise ValueError(f'dsa_attention: {implementation} has no way {way!r}; use {" or ".join(existing)}')

@@ -148,11 +148,12 @@ class TestWays:
         (edge + 1, edge + 1, False, 'tpu', 'masked_dense'), (edge + 1, edge + 1, False, 'reference', 'masked_dense')):
       assert way.choose(implementation, T, S, k, want_kl, None) == expected, (T, S, want_kl, implementation)
     assert way.choose('xla', 256, 256, 8, False, None) == 'masked_dense'         # a row in one tile
+    assert way.choose('xla', 2048, 2048, 256, False, None) == 'masked_dense'     # a gather takes no fewer than 1024
     assert way.choose('xla', 8, 8, k, True, 'gathered') == 'gathered'
     with pytest.raises(ValueError, match="dsa_attention: tpu has no way 'gathered'; use masked_dense"):
       way.choose('tpu', 8, 8, k, False, 'gathered')
 
-  @pytest.mark.parametrize('crossover', [24 / TOPK, 0.0])        # prefill is just below it, or above; decoding above
+  @pytest.mark.parametrize('crossover', [3.0, 0.0])        # prefill is just below it, or above; decoding above
   def test_forward_remat_and_decode_see_the_same_set(self, monkeypatch, crossover):
     """As lengths choose: gradients, made again from a checkpoint, and a decoding step on a longer cache. A set that
     differed would show in o and in the gradients."""
