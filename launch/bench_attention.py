@@ -66,11 +66,11 @@ def chosen(args: argparse.Namespace) -> What:
   """Raises InputError for a length at which nothing is left out, or when no row is left."""
   lengths = sorted(set(args.length or LENGTHS))
   if lengths[0] <= Shape().topk:
-    raise InputError(f'keye bench attention: --length {lengths[0]}: a row needs more than k = {Shape().topk} tokens, '
+    raise InputError(f'--length {lengths[0]}: a row needs more than k = {Shape().topk} tokens, '
                      'else all of them are selected')
   kinds = [k for k in KINDS if k[0] in (args.phase or k) and k[1] in (args.direction or k)]
   if not kinds:
-    raise InputError('keye bench attention: decoding has no backward pass; choose another --phase or --direction')
+    raise InputError('decoding has no backward pass; choose another --phase or --direction')
   return What(lengths, [u for u in UNIONS if str(u) in (args.union or map(str, UNIONS))], kinds)
 
 
