@@ -50,7 +50,7 @@ def layout(stage: Stage, where: str) -> RunConfig:
   return RunConfig(model=model, mesh=mesh, optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=100),
                    data=DataConfig(tokens=stage.tokens, workers=16),
                    train=TrainConfig(steps=60000, batch=rows, accumulate=rows // (mesh.data * mesh.expert),
-                                     freeze=stage.freeze))
+                                     balance_rows=True, freeze=stage.freeze))
 
 
 def get_config(variant: str = ''):

@@ -84,9 +84,12 @@ def full(stage: str) -> RunConfig:
 
   # One vision row of 81,920 patches holds the largest image, 20,480 tokens; a row of tokens can be all vision.
   wide = dict(vision_patches=81920)
+  # Rows hold very different numbers of pictures, devices see equal shares of all of them (docs/scale.md). Ours: room
+  # for three quarters of the vision slots; frames of a batch that needs more stay at home.
+  even = dict(vision_balance=0.75)
   # 256K tokens a row over 256 chips; ahead of time it needs 1.6 GB of arguments and 10.5 GB of temporaries a chip.
-  # A row at a time.
-  long = dict(model=dict(layout='train_long'), mesh=dict(data=1, context=32, expert=8))
+  # A row at a time, often full of pictures.
+  long = dict(model=dict(layout='train_long', vision_balance=1.0), mesh=dict(data=1, context=32, expert=8))
   match stage:
     case 'vit':
       # Paper: SigLIP's loss against its text tower, native resolution, 500 B tokens, packed. SigLIP's own text tower is
@@ -112,7 +115,7 @@ def full(stage: str) -> RunConfig:
           batch=512, steps=954)                                                        # x 8K = 4 B tokens
     case '1':
       return run(
-          base, 'dense', freeze=INDEXERS_WAIT,
+          base, 'dense', freeze=INDEXERS_WAIT, model=even,
           # From 1e-4 down to where stage 2 begins: the range that models of this kind are pre-trained in.
           optimizer=dict(learning_rate=1e-4, final_fraction=0.2, warmup_steps=2000),
           data=dict(sources=sources(**early), tokens=32768, vision_rows=2, **wide,
@@ -120,7 +123,7 @@ def full(stage: str) -> RunConfig:
           batch=256, accumulate=2, steps=119209)                                       # x 32K = 1 T tokens
     case '2':
       return run(
-          base, 'dense', freeze=INDEXERS_WAIT,
+          base, 'dense', freeze=INDEXERS_WAIT, model=even,
           optimizer=dict(learning_rate=2e-5, final_fraction=0.5, warmup_steps=500),    # on from stage 1 to stage 3
           data=dict(sources=sources(**middle), tokens=65536, vision_rows=3, **wide,
                     video_tokens=61440, max_seconds=900.0),   # paper: 15 minutes, 64K less room for the text of a row

@@ -6,7 +6,7 @@ not fit an empty row is refused with a reason. A frame never crosses a vision ro
 Letters: B rows, T tokens, R vision rows, N patches a vision row, P patches of a sample, F frames of a sample, M merged
 vision tokens of a sample.
 """
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -92,15 +92,22 @@ def plan(examples: Sequence[Example], shape: Shape, together: bool = True) -> li
   `together=False`: one sample a row, in order.
   """
   sizes = [(len(e.token_T), frame_runs(e)) for e in examples]
+  return fill(sizes, shape, together, lambda i: f'{examples[i].source}: {misfit(examples[i], shape)}')
+
+
+def fill(sizes: Sequence[tuple[int, list[tuple[int, int]]]], shape: Shape, together: bool,
+         why: Callable[[int], str]) -> list[Bin]:
+  """`plan` of samples by their (tokens, frames as in `frame_runs`). why: what to say of a sample that does not fit an
+  empty row."""
   room = max(shape.vision_rows * shape.vision_patches, 1)
   weight = [max(t / shape.tokens, sum(s * n for s, n in f) / room) for t, f in sizes]
-  order = sorted(range(len(examples)), key=lambda i: -weight[i]) if together else range(len(examples))
+  order = sorted(range(len(sizes)), key=lambda i: -weight[i]) if together else range(len(sizes))
   bins: list[Bin] = []
   for i in order:
     if not (together and any(b.add(i, *sizes[i]) for b in bins)):
       bins.append(Bin(shape))
       if not bins[-1].add(i, *sizes[i]):
-        raise InputError(f'{examples[i].source}: {misfit(examples[i], shape)}')
+        raise InputError(why(i))
   for b in bins:
     b.items.sort(key=lambda item: item[0])
   return sorted(bins, key=lambda b: b.items[0][0])

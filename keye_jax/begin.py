@@ -23,7 +23,7 @@ from keye_jax.steps.update import make_measure, make_update
 
 # Parts of the config that say nothing about the weights, so a folder to start from may differ in them.
 _NOT_WEIGHTS = ('text.max_position', 'text.dense_ffn', 'attention', 'dtype', 'param_dtype', 'remat',
-                'experts_transport', 'experts_capacity', 'layout', 'contrast', 'text.indexer.topk')
+                'experts_transport', 'experts_capacity', 'vision_balance', 'layout', 'contrast', 'text.indexer.topk')
 
 
 class Programs(NamedTuple):

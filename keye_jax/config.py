@@ -82,6 +82,7 @@ class ModelConfig:
   remat: Literal['none', 'block', 'attention', 'offload'] = 'none'      # what backward computes again: nn/layers.py
   experts_transport: Literal['local', 'ring', 'padded', 'ragged'] = 'local'       # keye_jax/nn/transport.py
   experts_capacity: float = 2.0   # of 'padded' and 'ragged': room for picks, over their mean
+  vision_balance: float = 0.0     # frames spread over devices, in this share of the slots; 0: not (exchange.py)
   layout: Literal['train', 'train_long', 'decode'] = 'train'  # which table of keye_jax/sharding.py the program uses
   contrast: bool = False          # no language model: the vision tower learns beside `text`, its text tower
 
@@ -154,6 +155,7 @@ class TrainConfig:
   steps: int = 100
   batch: int = 8                  # rows per step, all hosts together
   accumulate: int = 1             # micro-batches per step
+  balance_rows: bool = False      # micro-batches of rows of like cost: devices wait less, see keye_jax/feed.py
   seed: int = 0
   freeze: tuple[str, ...] = ()    # parameter path prefixes, e.g. ('vision',); beside adapters all is frozen already
   balance_weight: float = 0.001   # router load balance
@@ -210,6 +212,8 @@ def check(config: RunConfig) -> RunConfig:
        'model.contrast needs data.samples, the most pictures with their captions in a row'),
       (contrast and train.accumulate > 1, f'train.accumulate = {train.accumulate}: micro-batches would not see each '
        "other's captions; model.contrast needs 1"),
+      (not 0 <= config.model.vision_balance <= 1 or contrast and config.model.vision_balance,
+       f'model.vision_balance = {config.model.vision_balance} must be 0 to 1, and 0 with model.contrast'),
       (vision.layers and (vision.heads < 1 or vision.embed % vision.heads),
        f'model.vision.embed = {vision.embed} is no multiple of heads = {vision.heads}'),
       (train.accumulate > 0 and train.batch % train.accumulate,

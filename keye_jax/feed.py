@@ -11,8 +11,10 @@ import jax
 import numpy as np
 
 from data_pipelines.errors import InputError
-from data_pipelines.schema import Batch
-from keye_jax import sharding
+from data_pipelines.schema import BRANCH_BITS, Batch
+from keye_jax import balance, sharding
+from keye_jax.config import RunConfig
+from keye_jax.nn import counts
 
 
 def share(layout: str, rows: int) -> tuple[int, int]:
@@ -31,6 +33,18 @@ def share(layout: str, rows: int) -> tuple[int, int]:
     raise InputError(f'mesh: the devices of process {jax.process_index()} hold rows {mine} of {rows}, which is not one '
                      'equal part of the batch; let mesh.data x mesh.expert be a multiple of the processes')
   return mine[0] // len(mine), rows // len(mine)
+
+
+def even(config: RunConfig, batch: Batch, parts: int) -> Batch:
+  """A process's rows, one of so many equal parts of the batch, in an order by which groups of devices wait for each
+  other least: a micro-batch holds rows of like cost to the language model (`balance.rows`, `counts.row_flops`). A sum
+  over micro-batches does not ask for their order; its rounding does, so that bits depend on the number of processes."""
+  ranks = max(sharding.extent(config.model.layout, 'batch') // parts, 1)
+  T = batch.segment_BT.shape[1]
+  lengths = lambda segment_T: np.bincount(segment_T >> BRANCH_BITS)[1:]
+  cost_B = np.array([counts.row_flops(config.model, T, map(int, lengths(row))) for row in batch.segment_BT])
+  order_B = balance.rows(cost_B, ranks, config.train.accumulate)
+  return Batch(*(leaf[order_B] for leaf in batch))
 
 
 def place(layout: str, batch: Batch, index: int, count: int) -> Batch:

@@ -65,6 +65,8 @@ def train(config: RunConfig, out: str | os.PathLike, wandb: str = '', profile: b
       trace.step()
       with meter.timed('data'):
         batch = next(batches)
+        if t.balance_rows:
+          batch = feed.even(config, batch, part[1])
         placed = feed.place(layout, batch, *part)
       with meter.timed('compute'):
         state, metrics = made.update(state, placed, made.rates(step), meter.limit(step + 1))

@@ -51,11 +51,16 @@ def use_mesh(mesh: MeshConfig, devices: list | None = None) -> None:
   jax.set_mesh(jax.sharding.Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * 3))
 
 
+def names(layout: str, *axes: str) -> tuple[str, ...]:
+  """Mesh axes of these logical axes."""
+  at = (LAYOUTS[layout][axis] or () for axis in axes)
+  return tuple(name for n in at for name in ((n,) if isinstance(n, str) else n))
+
+
 def extent(layout: str, axis: str) -> int:
   """How many shards a logical axis is cut into; 1 without a mesh."""
-  names = LAYOUTS[layout][axis] or ()
   shape = jax.sharding.get_abstract_mesh().shape
-  return math.prod(shape.get(name, 1) for name in ((names,) if isinstance(names, str) else names))
+  return math.prod(shape.get(name, 1) for name in names(layout, axis))
 
 
 def spec(layout: str, *axes: str | None) -> P:

@@ -3,6 +3,8 @@
 `keye bench attention`: dense, masked dense and sparse attention of one layer as the row grows, forward and backward,
 prefill and decoding (launch/bench_attention.py).
 
+`keye bench balance`: how long data ranks wait for each other, simulated (launch/bench_balance.py).
+
 `keye bench model`: speed of one mid-sized decoder on this machine's CPU, beside transformers if asked.
 
 Hidden 512, 8 layers, 8 query and 2 KV heads of 64, 32 experts of 256 of which 4 a token, vocabulary 8192, float32.
@@ -44,7 +46,7 @@ CLAIM = 'prefill, training step and greedy decoding on 2 CPU threads are at leas
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('what', choices=('model', 'video', 'attention'))
+  parser.add_argument('what', choices=('model', 'video', 'attention', 'balance'))
   parser.add_argument('--video', action='append', metavar='FILE', help='`video`: read these files; default: real clips')
   parser.add_argument('--peer', choices=('transformers',), help='the other side; needs the extra `parity`')
   parser.add_argument('--peer-python', default=sys.executable, help='interpreter that has the peer')
@@ -59,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--union', choices=('1', '2', '4', '8', 'random'), **chosen)
   parser.add_argument('--phase', choices=('prefill', 'decode'), **chosen)
   parser.add_argument('--direction', choices=('forward', 'backward'), **chosen)
+  parser.add_argument('--ranks', type=int, default=8, help='`balance`: groups of devices that share a row')
+  parser.add_argument('--batches', type=int, default=20, help='`balance`: steps')
+  parser.add_argument('--seed', type=int, default=0, help='`balance`')
   parser.add_argument('--json', action='store_true', help='print the evidence record instead of a table')
   parser.add_argument('--out', help='also write the evidence record to this file')
 
@@ -71,6 +76,9 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   if args.what == 'video':
     from launch import bench_video
     return bench_video.run(args)
+  if args.what == 'balance':
+    from launch import bench_balance
+    return bench_balance.run(args)
   limit_threads(args.threads)
   if args.what == 'attention':
     from launch import bench_attention

@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 
-from launch import cli, kernels_page, ladder_page, results, retrofit_page, scale_page
+from launch import balance_page, cli, kernels_page, ladder_page, results, retrofit_page, scale_page
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = ['README.md', 'CONTRIBUTING.md', 'docs/papers.md', 'docs/kernels.md', 'docs/scale.md', 'docs/lossless.md',
@@ -60,6 +60,11 @@ def test_kernels_page_shows_what_was_recorded():
 def test_scale_page_shows_what_was_recorded():
   shown = scale_page.PAGE.read_text().split(scale_page.START)[1].split(scale_page.END)[0].strip()
   assert shown == scale_page.block(json.loads((results.FOLDER / 'scale.json').read_text()))
+
+
+def test_scale_page_shows_the_balance_that_was_recorded():
+  shown = balance_page.PAGE.read_text().split(balance_page.START)[1].split(balance_page.END)[0].strip()
+  assert shown == balance_page.block(json.loads((results.FOLDER / 'balance.json').read_text()))
 
 
 def test_lossless_page_shows_what_was_recorded():

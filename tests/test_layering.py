@@ -12,7 +12,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 # except across the two packages of the lowest layer, which know nothing of each other.
 LAYERS = [
   ['pallas_kernels', 'data_pipelines'],
-  ['keye_jax.config', 'keye_jax.sharding', 'keye_jax.jaxpr_costs', 'keye_jax.chips', 'keye_jax.temporaries'],
+  ['keye_jax.config', 'keye_jax.sharding', 'keye_jax.balance', 'keye_jax.jaxpr_costs', 'keye_jax.chips',
+   'keye_jax.temporaries'],
   ['keye_jax.nn'],
   ['keye_jax.objectives'],
   ['keye_jax.steps'],

@@ -74,6 +74,7 @@ def test_an_unknown_stage_gives_one_line_with_those_there_are(variant):
 @pytest.mark.parametrize('override, message', [
     ('data.samples=0', 'model.contrast needs data.samples, the most pictures with their captions in a row'),
     ('train.accumulate=2', "micro-batches would not see each other's captions; model.contrast needs 1"),
+    ('model.vision_balance=0.5', 'model.vision_balance = 0.5 must be 0 to 1, and 0 with model.contrast'),
     ('model.text.experts=4', 'a text tower without experts')])
 def test_what_two_towers_need_is_said(override, message):
   with pytest.raises(InputError, match=message):

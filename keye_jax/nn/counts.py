@@ -1,10 +1,13 @@
 """What a model is made of, in numbers: parameters, bytes, FLOPs and cache by part. Nothing is allocated."""
+import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 
 from keye_jax.config import ModelConfig
+from keye_jax.nn import flops as flops_of
 from keye_jax.nn import model
 
 WIDTH = {'float32': 4, 'bfloat16': 2}
@@ -51,15 +54,26 @@ def flops_per_token(config: ModelConfig, length: int) -> dict[str, float]:
     flops['indexer_projections'] = 2.0 * a['indexers']
     flops['indexer_scores'] = 2.0 * t.layers * i.heads * i.head_dim * keys
   if v.layers:
-    patches = v.merge ** 2
-    frame = v.grid ** 2
-    block = 4 * v.embed ** 2 + 2 * v.embed * v.ffn
-    flops['vision'] = patches * (2.0 * v.layers * block + 4.0 * v.layers * v.embed * frame
-                                 + 2.0 * v.patch_dim * v.embed)
+    patch, pair = flops_of.patch(v)
+    flops['vision'] = v.merge ** 2 * (patch + pair * v.grid ** 2)
     if not config.contrast:
-      merged = patches * v.embed
-      flops['projector'] = 2.0 * (merged * merged + merged * t.embed)
+      flops['projector'] = flops_of.projected(config)
   return flops
+
+
+def row_flops(config: ModelConfig, tokens: int, samples: Iterable[int]) -> float:
+  """Forward FLOPs of the language model on a row of so many tokens, with padding, that holds samples of these
+  lengths."""
+  part = flops_per_token(config, tokens)
+  linear = sum(part[k] for k in ('layers', 'head', 'indexer_projections') if k in part)
+  return tokens * linear + sum(n * _pairs(config, n) for n in samples)
+
+
+@functools.lru_cache(1 << 16)
+def _pairs(config: ModelConfig, length: int) -> float:
+  """FLOPs of a token with the keys that it sees, averaged over a sample."""
+  part = flops_per_token(config, length)
+  return part['attention'] + part.get('indexer_scores', 0.0)
 
 
 def cache_bytes_per_token(config: ModelConfig) -> dict[str, int]:

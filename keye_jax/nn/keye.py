@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from data_pipelines.schema import Batch
 from keye_jax import sharding
 from keye_jax.config import ModelConfig
-from keye_jax.nn import decoder, layers
+from keye_jax.nn import decoder, exchange, layers
 from keye_jax.nn.attention import KV
 from keye_jax.nn.vision import Projector, Vision
 
@@ -21,6 +21,7 @@ class Output(NamedTuple):
   head_DV: jax.Array         # gathered, compute dtype
   aux: decoder.Aux
   kv: KV | None              # of this pass's tokens, when asked for or when there was a cache
+  stayed: exchange.Stayed | None = None      # vision tokens, where frames are spread over devices
 
 
 class Keye(nn.Module):
@@ -34,9 +35,10 @@ class Keye(nn.Module):
                               (text.vocab, text.embed), (None, 'embed'), c)
     is_text_BT = batch.vision_BT < 0
     x_BTD = decoder.lookup(c, embed_VD, batch.token_BT, is_text_BT)
+    stayed = None
     if c.vision.layers and batch.patch_BRNC.shape[1]:
-      features = Vision(c, name='vision')(pixels(c, batch.patch_BRNC), batch.coord_BRN4, batch.frame_BRN)
-      seen_BMD = sharding.constrain(Projector(c, name='projector')(features), c.layout, 'batch', None, None)
+      seen_BMD, stayed = self.see(batch.patch_BRNC, batch.coord_BRN4, batch.frame_BRN)
+      seen_BMD = sharding.constrain(seen_BMD, c.layout, 'batch', None, None)
       x_BTD = jnp.where(is_text_BT[..., None], x_BTD, place(c, seen_BMD, batch.vision_BT).astype(x_BTD.dtype))
     if self.is_initializing():
       layer_params = self.param('layers', lambda key: decoder.init_layers(c, key))
@@ -47,7 +49,20 @@ class Keye(nn.Module):
     norm_D = sharding.param(self, 'norm', nn.initializers.ones, (text.embed,), (None,), c)
     head_DV = embed_VD.T if text.tied_head else sharding.param(
         self, 'head', nn.initializers.normal(text.embed ** -0.5), (text.embed, text.vocab), ('embed', None), c)
-    return Output(layers.rms_norm(x_BTD, norm_D, text.norm_eps), head_DV, aux, kv)
+    return Output(layers.rms_norm(x_BTD, norm_D, text.norm_eps), head_DV, aux, kv, stayed)
+
+  def see(self, patch_BRNC, coord_BRN4, frame_BRN):
+    """(merged vision tokens [B, M, D], Stayed or None)."""
+    c = self.config
+    if not c.vision_balance or not sharding.has_mesh() or self.is_initializing() or c.layout == 'decode':
+      features = Vision(c, name='vision')(pixels(c, patch_BRNC), coord_BRN4, frame_BRN)
+      return Projector(c, name='projector')(features), None
+    vision, projector = (self.get_variable('params', name) for name in ('vision', 'projector'))
+
+    def tower(patch_BRNC, coord_BRN4, frame_BRN):
+      features = Vision(c, parent=None).apply({'params': vision}, pixels(c, patch_BRNC), coord_BRN4, frame_BRN)
+      return Projector(c, parent=None).apply({'params': projector}, features)
+    return exchange.balanced(c, tower, patch_BRNC, coord_BRN4, frame_BRN)
 
 
 def pixels(config: ModelConfig, patch_BRNC: jax.Array) -> jax.Array:

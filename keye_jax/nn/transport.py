@@ -79,15 +79,13 @@ def ragged(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD, *, capacity: floa
   device_M = jnp.minimum(order.device_M, X - 1)
   fits_M = (order.device_M < X) & (order.place_M < sent_XX[me, device_M])
   slot_M = jnp.where(fits_M, order.start_X[device_M] + order.place_M, -1)
-  exchange = jax.lax.ragged_all_to_all if dispatch.platform() != 'cpu' else ragged_on_cpu
-
   def there(a_S, empty):
     out_R = jnp.full((rows, *a_S.shape[1:]), empty, a_S.dtype)
-    return exchange(a_S, out_R, order.start_X, sent_XX[me], before_XX[me], sent_XX[:, me], axis_name=AXIS)
+    return ragged_exchange(a_S, out_R, order.start_X, sent_XX[me], before_XX[me], sent_XX[:, me], AXIS)
 
   def back(y_RD):
     out_SD = jnp.zeros((M, *y_RD.shape[1:]), y_RD.dtype)
-    return exchange(y_RD, out_SD, before_XX[:, me], sent_XX[:, me], start_XX[:, me], sent_XX[me], axis_name=AXIS)
+    return ragged_exchange(y_RD, out_SD, before_XX[:, me], sent_XX[:, me], start_XX[:, me], sent_XX[me], AXIS)
 
   return travel(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD, order.pick_M, slot_M, there, back)
 
@@ -155,6 +153,12 @@ def collect(a_SD, slots: Slots):
 
 spread.defvjp(lambda a_RD, slots: (spread(a_RD, slots), slots), lambda slots, da_SD: (collect(da_SD, slots), None))
 collect.defvjp(lambda a_SD, slots: (collect(a_SD, slots), slots), lambda slots, da_RD: (spread(da_RD, slots), None))
+
+
+def ragged_exchange(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, axis_name):
+  """`jax.lax.ragged_all_to_all`, over one axis or several."""
+  exchange = jax.lax.ragged_all_to_all if dispatch.platform() != 'cpu' else ragged_on_cpu
+  return exchange(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, axis_name=axis_name)
 
 
 def ragged_on_cpu(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):

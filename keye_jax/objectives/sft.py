@@ -37,6 +37,8 @@ def sft(layout: str, balance_weight: float, indexer_weight: float, token_stats=h
       value, metrics = value + balance_weight * term, metrics | more | {'expert_peak': load_peak(aux.load_LE)}
     if aux.dropped_L is not None:
       metrics['experts_dropped'] = jnp.sum(aux.dropped_L), jnp.sum(aux.load_LE)
+    if output.stayed is not None:
+      metrics['vision_stayed'] = tuple(output.stayed)
     if aux.kl_LBT is not None:
       term, more = indexer_kl(aux.kl_LBT, batch.segment_BT, totals['queries'])
       value, metrics = value + indexer_weight * term, metrics | more

@@ -143,22 +143,26 @@ def test_indexer_learns_from_its_own_loss_only(params):
     assert (float(jnp.abs(g).max()) > 0) == is_indexer(path), path
 
 
-@pytest.mark.parametrize('mode, shape, transport', [
-    ('sparse', (2, 2, 2), 'ring'), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ('sparse', (1, 1, 1), 'local'), ('sparse', (2, 1, 4), 'ragged'), ('warmup', (1, 4, 2), 'padded'),
-        ('dense', (2, 2, 2), 'ring')))])
-def test_meshes_agree(params, mode, shape, transport):
-  """Loss and gradients on every mesh equal those of one device without a mesh."""
+@pytest.mark.parametrize('mode, shape, transport, balance', [
+    ('sparse', (2, 2, 2), 'ring', 0.0), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ('sparse', (1, 1, 1), 'local', 0.0), ('sparse', (2, 1, 4), 'ragged', 0.75),
+        ('warmup', (1, 4, 2), 'padded', 0.75), ('dense', (2, 2, 2), 'ring', 0.75)))])
+def test_meshes_agree(params, mode, shape, transport, balance):
+  """Loss and gradients on every mesh equal those of one device without a mesh. Three rows hold text alone."""
+  some, text = np.split(np.arange(8), [5])
   batch = batches.mixed(B=8)
+  words = pack(*[[batches.sample(np.random.default_rng(b), 0, (2, 2), 20)] for b in text])
+  batch = jax.tree.map(lambda a, b: np.concatenate([np.asarray(a)[some], np.asarray(b)[:len(text)]]), batch, words)
   config = with_mode(mode)
   expected = gradients(config, params, batch, 1.0, 1.0)
-  config = dataclasses.replace(config, experts_transport=transport, experts_capacity=4.0)    # room for all
+  config = dataclasses.replace(config, experts_transport=transport, experts_capacity=4.0,    # room for all
+                               vision_balance=balance)
   mesh_before = jax.sharding.get_abstract_mesh()
   try:
     sharding.use_mesh(MeshConfig(*shape))
     shapes = keye.param_shapes(config)
     placed = jax.tree.map(lambda a, s: jax.device_put(a, s.sharding.spec), params, shapes)
-    rows = feed.place('train', jax.tree.map(np.asarray, batch), *feed.share('train', 8))
+    rows = feed.place('train', batch, *feed.share('train', 8))
     got = jax.tree.map(np.asarray, gradients(config, placed, rows, 1.0, 1.0))
   finally:
     jax.set_mesh(None) if mesh_before.empty else jax.set_mesh(mesh_before)

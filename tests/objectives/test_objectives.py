@@ -74,6 +74,7 @@ class Output(NamedTuple):
   hidden_BTD: Any
   head_DV: Any
   aux: Aux
+  stayed: Any = None
 
 
 class Stats(NamedTuple):
@@ -100,6 +101,7 @@ def test_sft_adds_the_terms_the_model_produces():
   plain, metrics = objective.loss(Output(hidden, None, Aux()), batch, totals)
   assert float(plain) == pytest.approx(3.0) and set(metrics) == {'loss', 'accuracy'}
   aux = Aux(jnp.array([[2.0, 9.0]]), jnp.ones((1, 4)), jnp.full((1, 2, 2), 0.5))
-  full, metrics = objective.loss(Output(hidden, None, aux), batch, totals)
+  full, metrics = objective.loss(Output(hidden, None, aux, (1.0, 8.0)), batch, totals)
   assert float(full) == pytest.approx(3.0 + 0.1 * 2.0 + 10.0 * 0.5)
-  assert set(metrics) == {'loss', 'accuracy', 'balance', 'expert_peak', 'indexer_kl'}
+  assert set(metrics) == {'loss', 'accuracy', 'balance', 'expert_peak', 'vision_stayed', 'indexer_kl'}
+  assert metrics['vision_stayed'] == (1.0, 8.0)

@@ -32,6 +32,7 @@ class Output(NamedTuple):
   hidden_BTD: Any
   head_DV: Any
   aux: Aux
+  stayed: Any = None
 
 
 def init(seed: int = 0) -> dict:
