@@ -57,7 +57,7 @@ def run(base: RunConfig, attention: str, model=(), mesh=(), optimizer=(), data=(
 
 
 def full(stage: str) -> RunConfig:
-  """The 30B model. Stages 0 to 2 on 128 chips (v5p:4x4x8), stage 3 on 256 (v6e:16x16)."""
+  """The 30B model on 128 chips (v5p:4x4x8)."""
   base = RunConfig(
       model=keye_vl_2_30b_a3b.model(),
       mesh=MeshConfig(data=16, context=1, expert=8),
@@ -87,9 +87,8 @@ def full(stage: str) -> RunConfig:
   # Rows hold very different numbers of pictures, devices see equal shares of all of them (docs/scale.md). Ours: room
   # for three quarters of the vision slots; frames of a batch that needs more stay at home.
   even = dict(vision_balance=0.75)
-  # 256K tokens a row over 256 chips; ahead of time it needs 1.6 GB of arguments and 10.5 GB of temporaries a chip.
-  # A row at a time, often full of pictures.
-  long = dict(model=dict(layout='train_long', vision_balance=1.0), mesh=dict(data=1, context=32, expert=8))
+  # Sixteen devices share a row of 256K tokens and its vision rows, one each, often full of pictures.
+  long = dict(model=dict(vision_balance=1.0), mesh=dict(data=1, context=16, expert=8))
   match stage:
     case 'vit':
       # Paper: SigLIP's loss against its text tower, native resolution, 500 B tokens, packed. SigLIP's own text tower is
@@ -133,17 +132,17 @@ def full(stage: str) -> RunConfig:
           base, 'warmup', **long, freeze=ONLY_INDEXERS,
           # DeepSeek-V3.2 (arXiv 2512.02556): 1e-3 for 1000 steps of 16 x 128K = 2.1 B; Keye says about 2 B tokens.
           optimizer=dict(indexer_learning_rate=1e-3, schedule='constant'),
-          data=dict(sources=sources(**late), tokens=262144, vision_rows=9, **wide, video_tokens=184320,
+          data=dict(sources=sources(**late), tokens=262144, vision_rows=16, **wide, video_tokens=184320,
                     max_seconds=7200.0),                      # paper: 2 hours, 180K
-          batch=8, accumulate=8, steps=1000)
+          batch=8, steps=1000)
     case '3':
       return run(
           base, 'sparse', **long,
           # 7.3e-6: the sparse stage of DeepSeek-V3.2. Its indexer goes on more gently than in the warm-up.
           optimizer=dict(learning_rate=7.3e-6, final_fraction=0.1, warmup_steps=100, indexer_learning_rate=1e-4),
-          data=dict(sources=sources(**late), tokens=262144, vision_rows=9, **wide, video_tokens=184320,
+          data=dict(sources=sources(**late), tokens=262144, vision_rows=16, **wide, video_tokens=184320,
                     max_seconds=7200.0),
-          batch=32, accumulate=32, steps=59605)                                        # x 256K = 500 B tokens
+          batch=32, accumulate=4, steps=59605)                                        # x 256K = 500 B tokens
 
 
 def tiny(stage: str) -> RunConfig:

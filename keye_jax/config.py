@@ -83,7 +83,7 @@ class ModelConfig:
   experts_transport: Literal['local', 'ring', 'padded', 'ragged'] = 'local'       # keye_jax/nn/transport.py
   experts_capacity: float = 2.0   # of 'padded' and 'ragged': room for picks, over their mean
   vision_balance: float = 0.0     # frames spread over devices, in this share of the slots; 0: not (exchange.py)
-  layout: Literal['train', 'train_long', 'decode'] = 'train'  # which table of keye_jax/sharding.py the program uses
+  layout: Literal['train', 'decode'] = 'train'        # which table of keye_jax/sharding.py the program uses
   contrast: bool = False          # no language model: the vision tower learns beside `text`, its text tower
 
 

@@ -28,8 +28,6 @@ AXES = ('data', 'context', 'expert')
 LAYOUTS = {
     'train': {'batch': ('data', 'expert'), 'seq': 'context', 'frames': 'context', 'embed': ('data', 'context'),
               'experts': 'expert'},
-    'train_long': {'batch': 'data', 'seq': ('context', 'expert'), 'frames': ('context', 'expert'),
-                   'embed': ('data', 'context'), 'experts': 'expert'},
     'decode': {'batch': ('data', 'expert'), 'seq': None, 'frames': None, 'embed': None, 'experts': 'expert'},
 }
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import pretrain
+from configs import layouts, pretrain
 from data_pipelines import tokenizer
 from data_pipelines.errors import InputError
 from data_pipelines.frameforge import render
-from keye_jax import api, begin, checkpoint, loop, metrics, sharding
+from keye_jax import api, begin, checkpoint, feed, loop, metrics, sharding
 from keye_jax.config import VisionConfig, to_dict
 from keye_jax.hf import writer
 from keye_jax.nn import contrast
@@ -61,6 +61,16 @@ def test_the_published_stages_have_the_published_sizes(stage):
   assert stage[0] != '3' or long == pytest.approx(0.5)
   assert (config.data.max_seconds, config.data.video_tokens) == {
       '1': (16.0, 24576), '2': (900.0, 61440), '3': (7200.0, 184320)}.get(stage[0], (14400.0, 184320))
+
+
+@pytest.mark.parametrize('config', [*(f'configs/pretrain.py:30b,stage={stage}' for stage in pretrain.STAGES['30b']),
+                                    *(f'configs/layouts.py:{s}_{m}' for s in layouts.STAGES for m in layouts.MESHES)])
+def test_the_rows_of_a_large_run_divide_over_its_mesh(config):
+  config = load(config)
+  mesh = jax.sharding.AbstractMesh(dataclasses.astuple(config.mesh), sharding.AXES)
+  with jax.sharding.use_abstract_mesh(mesh):
+    feed.check(config.model.layout, config.data.tokens, config.data.vision_rows)
+    assert config.train.batch // config.train.accumulate % sharding.extent(config.model.layout, 'batch') == 0
 
 
 @pytest.mark.parametrize('variant', ['', 'tiny', 'tiny,stage=4', '30b,stage=text', 'huge,stage=1'])

@@ -55,19 +55,19 @@ def run(config, weight_CD, patch_BRNC, coord_BRN4, frame_BRN, dy_BMD):
   return y_BMD, grad_CD, stayed
 
 
-def on(shape, layout, frame_BRN) -> exchange.Stayed:
+def on(shape, frame_BRN) -> exchange.Stayed:
   """Compares with one device."""
   rng = np.random.default_rng(1)
   real_BM = frame_BRN.reshape(B, -1)[:, ::UNIT] > 0
   arrays = (rng.normal(size=(C, D)).astype(np.float32), rng.integers(0, 256, (B, R, N, C), np.uint8),
             rng.integers(0, 9, (B, R, N, 4)).astype(np.int32), frame_BRN,
             (rng.normal(size=(*real_BM.shape, UNIT * D)) * real_BM[..., None]).astype(np.float32))
-  config = dataclasses.replace(batches.CONFIG, layout=layout, vision_balance=ROOM)
+  config = dataclasses.replace(batches.CONFIG, vision_balance=ROOM)
   expected = run(batches.CONFIG, *arrays)
   with mesh(*shape):
     home = exchange.AT_HOME
     axes = (None, None), (*home, None), (*home, None), home, home
-    placed = [jax.device_put(a, sharding.spec(layout, *names)) for a, names in zip(arrays, axes)]
+    placed = [jax.device_put(a, sharding.spec('train', *names)) for a, names in zip(arrays, axes)]
     y_BMD, grad_CD, stayed = jax.tree.map(np.asarray, run(config, *placed))
   assert_close(y_BMD[real_BM], np.asarray(expected[0])[real_BM])
   assert_close(grad_CD, expected[1])
@@ -75,13 +75,12 @@ def on(shape, layout, frame_BRN) -> exchange.Stayed:
   return stayed
 
 
-@pytest.mark.parametrize('shape, layout', [((2, 1, 4), 'train'), ((1, 4, 2), 'train'),
-                                           pytest.param((2, 2, 2), 'train_long', marks=pytest.mark.slow)])
-def test_a_frame_is_seen_elsewhere_as_at_home(shape, layout):
+@pytest.mark.parametrize('shape', [(2, 1, 4), (1, 4, 2), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
+def test_a_frame_is_seen_elsewhere_as_at_home(shape):
   """Four rows of eight have none, two would fill all slots of their devices."""
-  assert on(shape, layout, frames(4, 2)).stayed == 0
+  assert on(shape, frames(4, 2)).stayed == 0
 
 
 def test_all_frames_stay_at_home_when_they_do_not_fit():
-  stayed = on((2, 1, 4), 'train', frames(B, B))
+  stayed = on((2, 1, 4), frames(B, B))
   assert stayed.stayed == stayed.all > ROOM * B * R * N / UNIT
