@@ -118,16 +118,20 @@ def generate(model: Model, params: dict[str, Any], messages: Sequence[Message], 
 def stream_generate(model: Model, params: dict[str, Any], messages: Sequence[Message], images: Sequence[Medium] = (),
                     videos: Sequence[Medium] = (), *, max_tokens: int = 512, temperature: float = 0.0,
                     top_p: float = 1.0, top_k: int = 0, stop: Sequence[str] = (), seed: int = 0,
-                    think: bool = False) -> Iterator[str]:
+                    think: bool = False, caches: sampler.Caches = 'contiguous') -> Iterator[str]:
   """Yields the answer in pieces as it is made.
 
   temperature 0 is greedy; top_k 0 and top_p 1 keep the whole vocabulary. stop: strings that end the answer and are
   left out of it. The answer also ends at the tokenizer's end tokens and after `max_tokens`. Equal arguments and seed
-  give equal answers. Raises InputError for a bad message, a medium that cannot be read, or a prompt that is too long.
+  give equal answers. caches: 'paged' takes memory by need, for models with sparse attention on one device. Raises
+  InputError for a bad message, a medium that cannot be read, a prompt that is too long, or caches in pages where there
+  are none.
   """
   if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_tokens < 1 or '' in stop:
     raise InputError('sampling needs temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_tokens >= 1 and no empty string '
                      'in stop')
+  if caches == 'paged' and (model.config.attention != 'sparse' or sharding.has_mesh()):
+    raise InputError("caches='paged' needs a model with attention='sparse', on one device")
   example = _prompt(model, messages, images, videos, think)
   # the sequence stays whole on a device: caches grow by a token at a time
   model = dataclasses.replace(model, config=dataclasses.replace(model.config, layout='decode'))
@@ -139,7 +143,7 @@ def stream_generate(model: Model, params: dict[str, Any], messages: Sequence[Mes
   last_BQ = np.full((len(batch.token_BT), 1), -1, np.int32)
   last_BQ[0] = T - 1
   steps = sampler.stream(model.config, params, batch, _laid_out(last_BQ, 'decode', 'batch', None), max_tokens,
-                         model.tokenizer.stop_ids, sampler.Sampling(temperature, top_p, top_k), seed)
+                         model.tokenizer.stop_ids, sampler.Sampling(temperature, top_p, top_k), seed, caches)
   ids = (int(token_BQ[0, 0]) for token_BQ, _ in steps)
   return _until(_text(model.tokenizer, ids), tuple(stop))
 

@@ -1,6 +1,7 @@
 """`keye bench video`: speed of reading clips on one core, beside bare PyAV (launch/bench_video.py).
 
-`keye bench attention`: dense and sparse attention of one layer as the row grows (launch/bench_attention.py).
+`keye bench attention`: dense, masked dense and sparse attention of one layer as the row grows, forward and backward,
+prefill and decoding (launch/bench_attention.py).
 
 `keye bench balance`: how long data ranks wait for each other, simulated (launch/bench_balance.py).
 
@@ -55,7 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--dsa', type=int, default=0, metavar='TOKENS',
                       help='also time the parts of sparse attention from 8192 to TOKENS, and prefill at TOKENS with '
                       'sparse and with dense attention')
-  parser.add_argument('--max-length', type=int, default=65536, metavar='TOKENS', help='`attention`: the longest row')
+  chosen = dict(action='append', help='`attention`: only these; several times')
+  parser.add_argument('--length', type=int, metavar='TOKENS', **chosen)
+  parser.add_argument('--union', choices=('1', '2', '4', '8', 'random'), **chosen)
+  parser.add_argument('--phase', choices=('prefill', 'decode'), **chosen)
+  parser.add_argument('--direction', choices=('forward', 'backward'), **chosen)
   parser.add_argument('--ranks', type=int, default=8, help='`balance`: groups of devices that share a row')
   parser.add_argument('--batches', type=int, default=20, help='`balance`: steps')
   parser.add_argument('--seed', type=int, default=0, help='`balance`')

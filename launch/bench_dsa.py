@@ -65,7 +65,7 @@ def parts(config, n: int) -> dict[str, float]:
     bench_model.timed(fn, *args)
     return min(bench_model.timed(fn, *args)[0] for _ in range(2))
 
-  score = best(jax.jit(score_maxima), iq[0], ik[0], gate[0], segment[0], order[0])
+  score = best(jax.jit(score_maxima), *(a[0] for a in (iq, ik, gate, *place)))
   replay = jax.jit(lambda selection, *a: sparse(*a, selection=selection).o_BTHK)
   return {
       'dense': best(jax.jit(lambda *a: dense_attention(*a)[0]), q, k, v, *place),
@@ -76,10 +76,10 @@ def parts(config, n: int) -> dict[str, float]:
   }
 
 
-def score_maxima(iq_TIJ, ik_SJ, gate_TI, segment_T, order_T):
+def score_maxima(iq_TIJ, ik_SJ, gate_TI, q_segment_T, k_segment_S, q_order_T, k_order_S):
   """The largest index score of each query, [T], through the buffers that a selection uses."""
-  keys = xla.cut_keys(xla.WIDE, ik_SJ, segment_T, order_T)
-  size = min(len(order_T), xla.QUERIES)
-  queries = xla.cut_queries(size, iq_TIJ.swapaxes(0, 1), gate_TI, segment_T, order_T, keys)
+  keys = xla.cut_keys(xla.WIDE, ik_SJ, k_segment_S, k_order_S)
+  size = min(len(q_order_T), xla.QUERIES)
+  queries = xla.cut_queries(size, iq_TIJ.swapaxes(0, 1), gate_TI, q_segment_T, q_order_T, keys)
   step = lambda buffer, query: xla.in_scores(buffer, query, keys, lambda score_PTS, _: score_PTS.max((0, 2)))
-  return jax.lax.scan(step, xla.empty_buffer(size, keys), queries)[1].reshape(-1)[:len(order_T)]
+  return jax.lax.scan(step, xla.empty_buffer(size, keys), queries)[1].reshape(-1)[:len(q_order_T)]

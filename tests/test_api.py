@@ -192,6 +192,8 @@ def test_bad_requests(keye_tiny, folder, tmp_path):
   text_model, text_params = keye_jax.load_pretrained(folder('qwen3'))
   with pytest.raises(InputError, match='no vision encoder'):
     keye_jax.generate(text_model, text_params, [{'role': 'user', 'content': '<image>?'}], [image()])
+  with pytest.raises(InputError, match="caches='paged' needs a model with attention='sparse'"):
+    keye_jax.generate(text_model, text_params, user, caches='paged')
 
 
 def test_text_arrives_in_whole_characters():

@@ -18,9 +18,16 @@ from keye_jax.config import ModelConfig
 from keye_jax.nn import layers, rope
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.dsa_attention import dsa_attention
+from pallas_kernels.dsa_decode import Pages, dsa_decode, newest, write
 from pallas_kernels.indexer_warmup import indexer_warmup
 
 INDEXER_EPS = 1e-6
+
+
+class Table(NamedTuple):
+  """Where the tokens of each sequence lie in a pool of pages (pallas_kernels/dsa_decode)."""
+  page_BN: jax.Array              # int32
+  length_B: jax.Array             # int32, with the tokens of this pass; 0: nothing of this row is a token
 
 
 class Context(NamedTuple):
@@ -34,6 +41,7 @@ class Context(NamedTuple):
   key_segment_BS: jax.Array
   key_order_BS: jax.Array
   slot: jax.Array | None          # scalar: first free slot of the cache; None: the keys are the queries' own tokens
+  table: Table | None = None      # the cache is in pages
 
 
 class KV(NamedTuple):
@@ -70,11 +78,11 @@ class Indexer(nn.Module):
 
 
 class Attention(nn.Module):
-  """(x_BTD, context, cache of this layer or None) -> (y_BTD, kl_BT or None, KV of the new tokens)."""
+  """(x_BTD, context, cache of this layer, in pages or not, or None) -> (y_BTD, kl_BT or None, KV of the new tokens)."""
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BTD, ctx: Context, cache: KV | None):
+  def __call__(self, x_BTD, ctx: Context, cache: KV | Pages | None):
     c, text = self.config, self.config.text
     D, H, G, K = text.embed, text.heads, text.kv_heads, text.head_dim
     init = nn.initializers.normal(D ** -0.5)
@@ -98,9 +106,12 @@ class Attention(nn.Module):
     if text.indexer.heads:
       index = Indexer(c, name='indexer')(x_BTD, ctx.index_cos_BTF, ctx.index_sin_BTF)
     new = KV(k_BTGK, v_BTGK, index[1] if index else None)
-    keys = new if cache is None else jax.tree.map(
-        lambda old, token: sharding.append(old, token, ctx.slot, 1), cache, new)
-    o_BTHK, kl_BT = attend(c, q_BTHK, keys, index, ctx)
+    if ctx.table is not None:
+      o_BTHK, kl_BT = attend_pages(c, q_BTHK, cache, new, index, ctx.table), None
+    else:
+      keys = new if cache is None else jax.tree.map(
+          lambda old, token: sharding.append(old, token, ctx.slot, 1), cache, new)
+      o_BTHK, kl_BT = attend(c, q_BTHK, keys, index, ctx)
     y_BTD = layers.project(o_BTHK, o_HKD, 2)
     return y_BTD, kl_BT, new
 
@@ -150,3 +161,12 @@ def attend(config: ModelConfig, q_BTHK, keys: KV, index, ctx: Context):
       return sharding.local(sparse, config.layout, (in_axes,), o_axes)(values), None
     case 'dense' | 'warmup':
       return sharding.local(lambda a: dense(a)[0], config.layout, (in_axes,), o_axes)(values), None
+
+
+def attend_pages(config: ModelConfig, q_BTHK, pages: Pages, new: KV, index, table: Table) -> jax.Array:
+  """o_BTHK of the newest tokens of each sequence, whose keys are put into the pages first. On one device."""
+  if config.attention != 'sparse':
+    raise ValueError(f'caches in pages need attention=\'sparse\', this model has {config.attention!r}')
+  slot_BT = newest(table.page_BN, table.length_B, q_BTHK.shape[1], pages)
+  pages = write(pages, slot_BT.reshape(-1), *(x.reshape(-1, *x.shape[2:]) for x in new))
+  return dsa_decode(q_BTHK, pages, index[0], index[2], *table, topk=config.text.indexer.topk).o_BTHK

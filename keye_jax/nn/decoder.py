@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from keye_jax import sharding
 from keye_jax.config import ModelConfig
 from keye_jax.nn import layers, rope
-from keye_jax.nn.attention import KV, Attention, Context
+from keye_jax.nn.attention import KV, Attention, Context, Table
 from keye_jax.nn.experts import Mlp
+from pallas_kernels.dsa_decode import Pages, eight_bits, newest, write
 
 
 class Cache(NamedTuple):
@@ -22,6 +23,12 @@ class Cache(NamedTuple):
   segment_BS: jax.Array
   order_BS: jax.Array
   used: jax.Array            # scalar int32
+
+
+class PagedCache(NamedTuple):
+  """Keys of sequences of any length, in pages of one pool; each row of a batch is a sequence."""
+  pages: Pages               # leaves [L, P, A, ...]
+  table: Table
 
 
 class Aux(NamedTuple):
@@ -36,7 +43,7 @@ class Block(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BTD, ctx: Context, cache: KV | None):
+  def __call__(self, x_BTD, ctx: Context, cache: KV | Pages | None):
     c, eps = self.config, self.config.text.norm_eps
     norm = lambda name: sharding.param(self, name, nn.initializers.ones, (c.text.embed,), (None,), c)
     valid_BT = ctx.segment_BT > 0
@@ -63,8 +70,8 @@ def lookup(config: ModelConfig, embed_VD: jax.Array, token_BT: jax.Array, text_B
       embed_VD, token_BT, text_BT)
 
 
-def run(config: ModelConfig, layer_params, x_BTD, position_BT3, segment_BT, order_BT, cache: Cache | None = None,
-        keep_kv: bool = False):
+def run(config: ModelConfig, layer_params, x_BTD, position_BT3, segment_BT, order_BT,
+        cache: Cache | PagedCache | None = None, keep_kv: bool = False):
   """Runs all blocks: (hidden_BTD, Aux, KV of the new tokens [L, B, T, ...] or None).
 
   `layer_params` is one tree with a leading L axis, scanned, or a tuple of L trees, unrolled: a decode step of a small
@@ -78,20 +85,20 @@ def run(config: ModelConfig, layer_params, x_BTD, position_BT3, segment_BT, orde
     section = rope.scale_section(text.mrope_section, text.head_dim, text.indexer.head_dim)
     icos_BTF, isin_BTF = rope.tables(position_BT3, text.indexer.head_dim, text.rope_theta, section,
                                      text.mrope_interleaved)
-  if cache is None:
-    key_segment_BS, key_order_BS, slot = segment_BT, order_BT, None
-  else:
-    slot = cache.used
+  key_segment_BS, key_order_BS, slot, table, layer_caches = segment_BT, order_BT, None, None, None
+  if isinstance(cache, PagedCache):
+    layer_caches, table = cache
+  elif cache is not None:
+    layer_caches, slot = cache.kv, cache.used
     key_segment_BS = sharding.append(cache.segment_BS, segment_BT, slot, 1)
     key_order_BS = sharding.append(cache.order_BS, order_BT, slot, 1)
-  ctx = Context(cos_BTF, sin_BTF, icos_BTF, isin_BTF, segment_BT, order_BT, key_segment_BS, key_order_BS, slot)
+  ctx = Context(cos_BTF, sin_BTF, icos_BTF, isin_BTF, segment_BT, order_BT, key_segment_BS, key_order_BS, slot, table)
 
   def block(x_BTD, inputs):
     params, layer_cache = inputs
     x_BTD, (aux, kv) = Block(config).apply({'params': params}, x_BTD, ctx, layer_cache)
     return x_BTD, (aux, kv if keep_kv or cache is not None else None)
 
-  layer_caches = None if cache is None else cache.kv
   if isinstance(layer_params, tuple):
     out = []
     for i, params in enumerate(layer_params):
@@ -139,3 +146,25 @@ def extend(cache: Cache, kv: KV, segment_BT: jax.Array, order_BT: jax.Array) -> 
   return Cache(jax.tree.map(lambda old, new: put(old, new, cache.used, 2), cache.kv, kv),
                put(cache.segment_BS, segment_BT, cache.used, 1), put(cache.order_BS, order_BT, cache.used, 1),
                cache.used + segment_BT.shape[1])
+
+
+def paged(config: ModelConfig, kv: KV, source_PA: jax.Array, eight: bool) -> Pages:
+  """Pages [L, P, A, ...] that hold tokens `source_PA` of a pass's rows laid end to end, nothing where it is negative.
+
+  eight: index keys in 8 bits with a scale, else in the dtype of the model.
+  """
+  def lay_out(x_LBT):
+    x_LN = x_LBT.reshape(len(x_LBT), -1, *x_LBT.shape[3:])
+    found = x_LN[:, jnp.maximum(source_PA, 0)].astype(config.dtype)
+    return jnp.where((source_PA >= 0).reshape(source_PA.shape + (1,) * (found.ndim - 3)), found, 0)
+
+  k, v, ik = map(lay_out, kv)
+  return Pages(k, v, *(eight_bits(ik) if eight else (ik, None)))
+
+
+def extend_pages(cache: PagedCache, kv: KV) -> Pages:
+  """The pages with the tokens of a pass written."""
+  T = kv.k_BSGK.shape[2]
+  slot_U = newest(*cache.table, T, jax.tree.map(lambda a: a[0], cache.pages)).reshape(-1)
+  flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
+  return jax.vmap(write, (0, None, 0, 0, 0))(cache.pages, slot_U, *map(flat, kv))

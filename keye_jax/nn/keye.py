@@ -28,7 +28,8 @@ class Keye(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, batch: Batch, cache: decoder.Cache | None = None, keep_kv: bool = False) -> Output:
+  def __call__(self, batch: Batch, cache: decoder.Cache | decoder.PagedCache | None = None,
+               keep_kv: bool = False) -> Output:
     c, text = self.config, self.config.text
     embed_VD = sharding.param(self, 'embed', nn.initializers.normal(text.embed ** -0.5 if text.tied_head else 1.0),
                               (text.vocab, text.embed), (None, 'embed'), c)
@@ -114,8 +115,8 @@ def param_shapes(config: ModelConfig) -> dict[str, Any]:
   return jax.eval_shape(lambda k: Keye(config).init(k, smallest_batch(config))['params'], key)
 
 
-def apply(config: ModelConfig, params, batch: Batch, cache: decoder.Cache | None = None,
+def apply(config: ModelConfig, params, batch: Batch, cache: decoder.Cache | decoder.PagedCache | None = None,
           keep_kv: bool = False) -> Output:
   """Pure forward pass. With a cache, the batch's tokens attend to the cache and to each other; `Output.kv` then goes
-  into `decoder.extend`."""
+  into `decoder.extend` or `extend_pages`."""
   return Keye(config).apply({'params': params}, batch, cache, keep_kv)

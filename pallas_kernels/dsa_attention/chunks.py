@@ -1,9 +1,10 @@
 """Sparse attention of long rows: one pass over chunks of queries, forward and backward.
 
 Inside a chunk: scores of a group of queries against all keys in one reused buffer, the exact threshold, the selection
-as one word of bits per key and group, then softmax attention over the key tiles that hold a selected key. Nothing
-larger than a chunk's scores outlives it. The backward pass scores the same groups again with the same products, so it
-sees the very set that the forward pass chose, and adds key gradients into one float32 carry.
+as one word of bits per key and group, then softmax attention over the key tiles that hold a selected key (masked dense
+attention), or over gathered keys (way.py). Nothing larger than a chunk's scores outlives it. The backward pass scores
+the same groups again with the same products, so it sees the very set that the forward pass chose, and adds key
+gradients into one float32 carry.
 
 T query time, S key time, G KV heads, N stacked queries (pallas_kernels/tiles.py), K head dim, I indexer heads, J
 indexer head dim, C chunks, M groups of a chunk, P key tiles (wide ones where index scores are meant).
@@ -125,8 +126,8 @@ def visible_tiles(row: Plan, chunk: Chunk) -> tuple[jax.Array, jax.Array, Callab
   return chunk.tile_P, chunk.count, mask
 
 
-def gathered_or(dense: Callable, options: Options, row: Plan, q_GNK, kv_SX, word_MS, count):
-  """(o_GNK, lse_GN) of a chunk over gathered keys when its tiles selected few, else by `dense`."""
+def gathered_or(masked_dense: Callable, options: Options, row: Plan, q_GNK, kv_SX, word_MS, count):
+  """(o_GNK, lse_GN) of a chunk over gathered keys when its tiles selected few, else by `masked_dense`."""
   M, S = word_MS.shape
   group = row.size // M
   tile = union.TILE if group % union.TILE == 0 else group
@@ -142,7 +143,7 @@ def gathered_or(dense: Callable, options: Options, row: Plan, q_GNK, kv_SX, word
     o_QGNK, lse_QGN = jax.lax.map(one, (q_QGNK, word_QS, members))
     return tiles.join_heads(o_QGNK, tile), tiles.join_heads(lse_QGN, tile)
 
-  return jax.lax.cond(few, gathered, dense)
+  return jax.lax.cond(few, gathered, masked_dense)
 
 
 def index_queries(chunk: Chunk) -> tuple[jax.Array, jax.Array]:
@@ -161,18 +162,19 @@ def forward(options: Options, arrays: Row, selection: Selection | None):
   """(o_GNK float32, lse_GN, kl_T or None, log-sum-exp of the selected scores [T] or None, Selection) of a row."""
   row, replay = plan(options, arrays, selection, *sizes(arrays)), selection is not None
   T = len(arrays.q_order_T)
-  flat_keys = lambda x_PGSK: x_PGSK.swapaxes(1, 2).reshape(row.order_PS.size, -1)
-  kv_SX = jnp.concatenate([flat_keys(row.k_PGSK), flat_keys(row.v_PGSK)], 1)
+  gather = options.way == 'gathered' and not row.every
+  if gather:
+    flat_keys = lambda x_PGSK: x_PGSK.swapaxes(1, 2).reshape(row.order_PS.size, -1)
+    kv_SX = jnp.concatenate([flat_keys(row.k_PGSK), flat_keys(row.v_PGSK)], 1)
 
   def one(buffer_PTS, chunk):
     buffer_PTS, chosen, word_MS = select(options, row, buffer_PTS, chunk, replay)
     tile_P, count, mask = visible_tiles(row, chunk) if row.every else selected_tiles(word_MS, row.size)
-    dense = lambda: tiles.attend(chunk.q_GNK, row.k_PGSK, row.v_PGSK, tile_P, count, mask, options.scale)
-    # The loss needs all tiles again; without it, few selected keys are better gathered than masked.
-    if row.every or options.want_kl:
-      o_GNK, lse_GN = dense()
+    masked_dense = lambda: tiles.attend(chunk.q_GNK, row.k_PGSK, row.v_PGSK, tile_P, count, mask, options.scale)
+    if gather:
+      o_GNK, lse_GN = gathered_or(masked_dense, options, row, chunk.q_GNK, kv_SX, word_MS, count)
     else:
-      o_GNK, lse_GN = gathered_or(dense, options, row, chunk.q_GNK, kv_SX, word_MS, count)
+      o_GNK, lse_GN = masked_dense()
     kl = kl_of(options, row, chunk, lse_GN, tile_P, count, mask) if options.want_kl else (None, None)
     return buffer_PTS, (o_GNK, lse_GN, *kl, chosen)
 

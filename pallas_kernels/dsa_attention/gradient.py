@@ -31,10 +31,10 @@ class Passes(NamedTuple):
 
 
 def attend(passes: Passes, q_BTHK, k_BSGK, v_BSGK, iq_BTIJ, ik_BSJ, gate_BTI, q_segment_BT, k_segment_BS, q_order_BT,
-           k_order_BS, *, topk, scale, selection, want_kl) -> DSAOutput:
+           k_order_BS, *, topk, scale, selection, want_kl, way) -> DSAOutput:
   rows = Row(tiles.stack_heads(q_BTHK, k_BSGK.shape[2]), k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2),
              iq_BTIJ.swapaxes(1, 2), ik_BSJ, gate_BTI, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS)
-  o_BGNK, lse_BGN, kl_BT, selection = _attention(passes, Options(topk, scale, want_kl), rows, selection)
+  o_BGNK, lse_BGN, kl_BT, selection = _attention(passes, Options(topk, scale, want_kl, way), rows, selection)
   T = q_BTHK.shape[1]
   return DSAOutput(tiles.unstack_heads(o_BGNK, T), tiles.unstack_heads(lse_BGN, T), kl_BT, selection)
 

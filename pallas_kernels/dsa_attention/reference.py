@@ -21,7 +21,8 @@ def kl(score_BTS, q_BTHK, k_BSGK, lse_BTH, mask_BTS, scale):
 
 
 def dsa_attention(q_BTHK, k_BSGK, v_BSGK, iq_BTIJ, ik_BSJ, gate_BTI, q_segment_BT, k_segment_BS, q_order_BT,
-                  k_order_BS, *, topk, scale, selection, want_kl) -> DSAOutput:
+                  k_order_BS, *, topk, scale, selection, want_kl, way) -> DSAOutput:
+  del way       # all keys under a mask, the definition of both
   mask_BTS = visible(q_segment_BT[:, :, None], k_segment_BS[:, None], q_order_BT[:, :, None], k_order_BS[:, None],
                      causal=True)
   score_BTS = score(iq_BTIJ, ik_BSJ, gate_BTI)

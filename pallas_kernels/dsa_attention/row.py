@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import jax
 
+from pallas_kernels.dsa_attention.way import Way
+
 
 class Row(NamedTuple):
   """The arrays of one row, or with a leading B of all rows."""
@@ -26,3 +28,4 @@ class Options(NamedTuple):
   topk: int
   scale: float
   want_kl: bool
+  way: Way

@@ -1,5 +1,5 @@
-"""Sparse attention without the T x S matrix. Rows of few tokens are one tile, below; long rows go through query
-chunks (chunks.py).
+"""Sparse attention without the T x S matrix. Rows of few tokens are one tile, below; long rows, and those whose keys
+are to be gathered, go through query chunks (chunks.py).
 
 B batch, T query time, S key time, H query heads, G KV heads, N stacked queries (pallas_kernels/tiles.py), K head dim,
 I indexer heads, J indexer head dim.
@@ -13,7 +13,7 @@ from pallas_kernels.dense_attention.xla import attend_one
 from pallas_kernels.dsa_attention import chunks
 from pallas_kernels.dsa_attention.gradient import Passes, attend
 from pallas_kernels.dsa_attention.output import DSAOutput
-from pallas_kernels.dsa_attention.row import Row
+from pallas_kernels.dsa_attention.row import Options, Row
 from pallas_kernels.index_select import search
 from pallas_kernels.index_select import xla as index
 from pallas_kernels.index_select.selection import Selection, keep_all
@@ -26,21 +26,21 @@ def dsa_attention(*arrays, **options) -> DSAOutput:
   return attend(Passes(forward, backward), *arrays, **options)
 
 
-def shape(rows: Row) -> tuple[bool, bool]:
+def shape(options: Options, rows: Row) -> tuple[bool, bool]:
   """(is a row one tile, does the batch go in a loop)."""
   _, G, N, _ = rows.q_GNK.shape
   T, S = rows.q_order_T.shape[1], rows.k_order_S.shape[1]
-  small = index.is_small(T, S)
+  small = index.is_small(T, S) and options.way == 'masked_dense'
   return small, not small or G * N * S >= tiles.MANY
 
 
 def forward(options, rows: Row, selection):
-  small, loop = shape(rows)
+  small, loop = shape(options, rows)
   return tiles.over_rows(functools.partial(forward_one if small else chunks.forward, options), (rows, selection), loop)
 
 
 def backward(options, rows: Row, *saved):
-  small, loop = shape(rows)
+  small, loop = shape(options, rows)
   return tiles.over_rows(functools.partial(backward_one if small else chunks.backward, options), (rows, *saved), loop)
 
 

@@ -7,10 +7,10 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.dsa_decode import reference, xla
-from pallas_kernels.dsa_decode.pages import PAGE, DecodeOutput, Pages, eight_bits
+from pallas_kernels.dsa_decode.pages import PAGE, DecodeOutput, Pages, eight_bits, newest, write
 from pallas_kernels.index_select.selection import Selection
 
-__all__ = ['PAGE', 'DecodeOutput', 'Pages', 'Selection', 'dsa_decode', 'eight_bits']
+__all__ = ['PAGE', 'DecodeOutput', 'Pages', 'Selection', 'dsa_decode', 'eight_bits', 'newest', 'write']
 
 IMPLEMENTATIONS = {'reference': reference.dsa_decode, 'xla': xla.dsa_decode}
 MOST = 32              # new tokens of a sequence: one bit each of a word

@@ -48,6 +48,25 @@ def read(x_PA: jax.Array, slot_U: jax.Array) -> jax.Array:
   return x_PA.reshape(-1, *x_PA.shape[2:]).at[slot_U].get(mode='promise_in_bounds')
 
 
+def newest(page_BN: jax.Array, length_B: jax.Array, T: int, pages: Pages) -> jax.Array:
+  """Slots [B, T] of the last T tokens of each sequence; of what is no token, out of range and each different."""
+  P, A = pages.ik_PAJ.shape[:2]
+  place_BT = length_B[:, None] - T + jnp.arange(T, dtype=jnp.int32)
+  slot_BT = jax.vmap(lambda page_N, place_T: slots(page_N, jnp.maximum(place_T, 0), pages))(page_BN, place_BT)
+  return jnp.where(place_BT >= 0, slot_BT, P * A + jnp.arange(place_BT.size, dtype=jnp.int32).reshape(place_BT.shape))
+
+
+def write(pages: Pages, slot_U: jax.Array, k_UGK: jax.Array, v_UGK: jax.Array, ik_UJ: jax.Array) -> Pages:
+  """The pages with tokens in these slots, all of them different; slots out of range are left out."""
+  new = (k_UGK, v_UGK, *(eight_bits(ik_UJ) if pages.ik_scale_PA is not None else (ik_UJ, None)))
+
+  def put(old_PA, new_U):
+    flat = old_PA.reshape(-1, *old_PA.shape[2:])
+    return flat.at[slot_U].set(new_U.astype(old_PA.dtype), mode='drop', unique_indices=True).reshape(old_PA.shape)
+
+  return jax.tree.map(put, pages, Pages(*new))
+
+
 def index_keys(pages: Pages, slot_U: jax.Array, dtype) -> jax.Array:
   """Index keys [U, J]: as they are stored, or from 8 bits in `dtype`, that of the index queries."""
   ik_UJ = read(pages.ik_PAJ, slot_U)

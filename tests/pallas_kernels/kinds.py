@@ -1,4 +1,5 @@
-"""What the tests run: every implementation, and the tiled form of `xla` with tiles small enough for small inputs.
+"""What the tests run: every implementation, and the tiled form of `xla` with tiles small enough for small inputs; of
+sparse attention also with all its keys gathered.
 
 Kernels for TPUs are interpreted, with small tiles too.
 
@@ -13,23 +14,25 @@ import jax.numpy as jnp
 from pallas_kernels import tiles, tpu_call
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.dense_attention import xla as dense_xla
-from pallas_kernels.dsa_attention import dsa_attention
+from pallas_kernels.dsa_attention import chunks, dsa_attention, union
 from pallas_kernels.index_select import tpu as index_tpu
 from pallas_kernels.index_select import xla as index_xla
 from pallas_kernels.indexer_warmup import indexer_warmup
 
 KINDS = ('reference', 'xla', 'tiles')
 WITH_TPU = (*KINDS, 'tpu')
+SPARSE = (*WITH_TPU, 'gathered')
 SMALL = ((tiles, 'KEYS', 8), (dense_xla, 'SMALL', 4), (dense_xla, 'FEW', 0), (dense_xla, 'QUERY_ROWS', 32),
          (index_xla, 'SMALL', 0), (index_xla, 'QUERIES', 4), (index_xla, 'WIDE', 8), (index_xla, 'LENGTHS', 2),
          (index_tpu, 'GROUPS', (8,)), (index_tpu, 'MANY', 2), (index_tpu, 'WIDE', 16), (tpu_call, 'INTERPRET', True))
+GATHER = ((chunks, 'GATHERED', 1e9), (union, 'GATHER', 8))
 
 
 @contextlib.contextmanager
 def small(kind: str):
   """Small tiles for the kinds that need them. Sizes are read while tracing, so they are changed only meanwhile; a
   backward pass is traced after its forward pass, so a gradient is taken inside as a whole."""
-  changed = () if kind in ('reference', 'xla') else SMALL
+  changed = () if kind in ('reference', 'xla') else SMALL + (GATHER if kind == 'gathered' else ())
   saved = [(module, name, getattr(module, name)) for module, name, _ in changed]
   try:
     for module, name, value in changed:
@@ -44,8 +47,12 @@ def named(kind: str, fn):
   """fn(implementation=...) of a kind."""
   def traced(*args):
     with small(kind):
-      return fn(*args, implementation='xla' if kind == 'tiles' else kind)
+      return fn(*args, implementation='xla' if kind in ('tiles', 'gathered') else kind)
   return traced
+
+
+def way(kind: str) -> str:
+  return 'gathered' if kind == 'gathered' else 'masked_dense'
 
 
 def gradient(kind: str, loss, arguments):
@@ -81,7 +88,7 @@ def sparse(kind: str, topk: int):
   """(case, weight of o, weight of kl) -> (gradients of q, k, v, iq, ik, gate; DSAOutput)."""
   def run(case, of_o, of_kl):
     def loss(*arrays):
-      fn = lambda *a, implementation: dsa_attention(*a, topk=topk, implementation=implementation)
+      fn = lambda *a, implementation: dsa_attention(*a, topk=topk, implementation=implementation, way=way(kind))
       out = named(kind, fn)(*arrays, *case[6:])
       o, kl = ((x.astype(jnp.float32) * weights(x, case.q_order)).sum() for x in (out.o_BTHK, out.kl_BT))
       return of_o * o + of_kl * kl + out.lse_BTH.sum(), out
@@ -95,7 +102,7 @@ def sparse_values(kind: str, topk: int, want_kl: bool = False):
   """(case, selection or None) -> DSAOutput."""
   def run(case, selection):
     fn = lambda *a, implementation: dsa_attention(*a, topk=topk, selection=selection, want_kl=want_kl,
-                                                  implementation=implementation)
+                                                  implementation=implementation, way=way(kind))
     return named(kind, fn)(*case)
   return jax.jit(run)
 

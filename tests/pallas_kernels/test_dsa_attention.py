@@ -1,10 +1,12 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import tpu_call
-from pallas_kernels.dsa_attention import Selection, chunks, dsa_attention, union
+from pallas_kernels.dsa_attention import Selection, chunks, dsa_attention, union, way
 from pallas_kernels.mask import NEG_INF
 from tests.pallas_kernels import cases, independent, kinds
 from tests.tolerances import assert_close
@@ -22,7 +24,7 @@ def torch_case(fixtures):
   return fixtures('dsa_torch.npz')
 
 
-@pytest.mark.parametrize('kind', kinds.WITH_TPU)
+@pytest.mark.parametrize('kind', kinds.SPARSE)
 class TestEveryImplementation:
 
   @pytest.mark.parametrize('layout, shuffle', [('one', False), ('branches', False), ('packed', True)])
@@ -55,7 +57,7 @@ class TestEveryImplementation:
   def test_more_places_than_keys_is_dense_attention(self, kind):
     case = cases.make(3, **SIZE).cast('float32')
     grads, out = kinds.sparse(kind, 24)(case)
-    plain = 'tiles' if kind == 'tpu' else kind
+    plain = 'tiles' if kind in ('tpu', 'gathered') else kind
     dense_grads, (o, lse) = kinds.dense(plain)(*case.dense)
     index_grads, kl = kinds.warmup(plain)(case, lse)
     for got, want in zip((out.o_BTHK, out.lse_BTH, out.kl_BT, *grads),
@@ -111,14 +113,13 @@ class TestEveryImplementation:
 
 class TestGathering:
 
-  @pytest.mark.parametrize('share', [0.0, 2.0])      # never gather, always gather
-  @pytest.mark.parametrize('size', [dict(T=24), dict(T=3), dict(T=24, B=1)])
+  @pytest.mark.parametrize('share, size', [(0.0, {}), (2.0, dict(T=3)), (2.0, dict(B=1))])  # masked after all; gathered
   def test_gathered_keys_give_the_answer_of_masked_ones(self, monkeypatch, share, size):
     monkeypatch.setattr(chunks, 'GATHERED', share)
     monkeypatch.setattr(union, 'GATHER', 8)
     case = cases.make(12, **SIZE | dict(S=24) | size, layout='packed', shuffle=True).cast('float32')
     case = case._replace(q_segment=case.q_segment.at[:, 1].set(77 << 8))
-    run = kinds.named('tiles', lambda *a, implementation: dsa_attention(*a, topk=TOPK, want_kl=False,
+    run = kinds.named('tiles', lambda *a, implementation: dsa_attention(*a, topk=TOPK, want_kl=False, way='gathered',
                                                                         implementation=implementation))
     out, want = jax.jit(run)(*case), kinds.sparse_values('reference', TOPK)(case, None)
     assert equal_bits(out.selection, want.selection)
@@ -134,6 +135,53 @@ class TestGathering:
       assert int(members.end_W[-1]) == flag.sum()
       found = np.asarray(union.nth(members, jnp.arange(120)))
       assert (found[:flag.sum()] == np.flatnonzero(flag)).all()
+
+
+class TestWays:
+
+  def test_the_choice_is_one_of_lengths(self):
+    k = 2048
+    edge = int(way.CROSSOVER['cpu'] * k)
+    for T, S, want_kl, implementation, expected in (
+        (edge, edge, False, 'xla', 'masked_dense'), (edge + 1, edge + 1, False, 'xla', 'gathered'),
+        (1, edge + 1, False, 'xla', 'gathered'), (edge + 1, edge + 1, True, 'xla', 'masked_dense'),
+        (edge + 1, edge + 1, False, 'tpu', 'masked_dense'), (edge + 1, edge + 1, False, 'reference', 'masked_dense')):
+      assert way.choose(implementation, T, S, k, want_kl, None) == expected, (T, S, want_kl, implementation)
+    assert way.choose('xla', 256, 256, 8, False, None) == 'masked_dense'         # a row in one tile
+    assert way.choose('xla', 2048, 2048, 256, False, None) == 'masked_dense'     # a gather takes no fewer than 1024
+    assert way.choose('xla', 8, 8, k, True, 'gathered') == 'gathered'
+    with pytest.raises(ValueError, match="dsa_attention: tpu has no way 'gathered'; use masked_dense"):
+      way.choose('tpu', 8, 8, k, False, 'gathered')
+
+  @pytest.mark.parametrize('crossover', [3.0, 0.0])        # prefill is just below it, or above; decoding above
+  def test_forward_remat_and_decode_see_the_same_set(self, monkeypatch, crossover):
+    """As lengths choose: gradients, made again from a checkpoint, and a decoding step on a longer cache. A set that
+    differed would show in o and in the gradients."""
+    gathers, attend = [], union.attend
+    monkeypatch.setattr(union, 'attend', lambda *a: gathers.append(a) or attend(*a))
+    monkeypatch.setitem(way.CROSSOVER, 'cpu', crossover)
+    monkeypatch.setattr(kinds, 'SMALL', (*kinds.SMALL, *kinds.GATHER))
+    sparse = kinds.named('tiles', functools.partial(dsa_attention, topk=TOPK, want_kl=False))
+    case = cases.make(16, **SIZE, layout='one').cast('float32')
+    expected, out = kinds.sparse('reference', TOPK)(case, 1.0, 0.0)
+
+    def loss(*qkv):
+      o = jax.checkpoint(sparse)(*qkv, *case[3:]).o_BTHK
+      return (o * kinds.weights(o, case.q_order)).sum(), o
+
+    def decode(case):
+      room = lambda x: jnp.pad(x, ((0, 0), (0, 8), *((0, 0),) * (x.ndim - 2)))     # slots that nothing is written to
+      queries = {n: getattr(case, n)[:, 22:] for n in ('q', 'iq', 'gate', 'q_segment', 'q_order')}
+      return sparse(*case._replace(**{n: room(getattr(case, n)) for n in ('k', 'v', 'ik', 'k_segment', 'k_order')},
+                                   **queries))
+
+    grads, o = jax.jit(kinds.gradient('tiles', loss, (0, 1, 2)))(*case[:3])
+    assert bool(gathers) == (not crossover)
+    step = jax.jit(decode)(case)
+    assert gathers
+    assert equal_bits(step.selection, jax.tree.map(lambda x: x[:, 22:], out.selection))
+    for got, want in zip((*grads, o, step.o_BTHK), (*expected[:3], out.o_BTHK, out.o_BTHK[:, 22:])):
+      assert_close(got, want)
 
 
 class TestTiledForm:

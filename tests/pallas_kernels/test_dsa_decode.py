@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.dsa_attention import dsa_attention
-from pallas_kernels.dsa_decode import Pages, dsa_decode, eight_bits, xla
+from pallas_kernels.dsa_decode import Pages, dsa_decode, eight_bits, newest, write, xla
 from pallas_kernels.mask import NEG_INF
 from tests.pallas_kernels import cases, independent
 from tests.tolerances import assert_close
@@ -136,6 +136,22 @@ def test_every_implementation_chooses_the_same_set(seed, topk, eight, lengths, g
         assert chosen(out, case, b, t, n) == set(independent.chosen(case, b, n - T + t, topk))
     for got, want in zip(out[:2], outs[0][:2]):
       assert_close(np.asarray(got) + 1, np.asarray(want) + 1)      # + 1: all may be 0
+
+
+@pytest.mark.parametrize('eight', [False, True])
+def test_new_tokens_are_written_where_they_are_read(eight):
+  """Pages that miss the last tokens of each sequence, and get them, are the pages that had them from the start."""
+  case, lengths = cases.make(11, **SIZE).cast('float32'), (24, 9, 2)
+  pages, table, lengths_B = paged(case, lengths, eight=eight)
+  slot_BT = np.asarray(newest(table, lengths_B, T, pages))
+  assert len(set(slot_BT.flat)) == slot_BT.size and slot_BT[2, 0] >= pages.ik_PAJ.shape[0] * A     # the third has two
+  at = np.maximum(np.asarray(lengths)[:, None] - T + np.arange(T), 0)
+  new = [jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), 1) for x in (case.k, case.v, case.ik)]
+  erased = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]).at[slot_BT].set(7, mode='drop').reshape(x.shape), pages)
+  assert not np.array_equal(erased.v_PAGK, pages.v_PAGK, equal_nan=True)
+  got = write(erased, slot_BT.reshape(-1), *(x.reshape(-1, *x.shape[2:]) for x in new))
+  for x, want in zip(jax.tree.leaves(got), jax.tree.leaves(pages)):
+    np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(want, np.float32))
 
 
 def test_eight_bits_keep_three_of_mantissa():

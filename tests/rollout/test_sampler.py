@@ -6,14 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from keye_jax.nn import head, keye
-from keye_jax.rollout import sampler
+from keye_jax.nn import decoder, head, keye
+from keye_jax.nn.attention import Table
+from keye_jax.rollout import paged, sampler
+from keye_jax.rollout.pages import Pool
 from tests.nn import batches
 from tests.steps.test_mesh import mesh
 from tests.tolerances import assert_close
 
 CONFIG = dataclasses.replace(batches.CONFIG, attention='sparse')
 STOP = (7,)
+NOISY = sampler.Sampling(temperature=1.0, top_k=8, top_p=0.9)
 
 
 @pytest.fixture(scope='module')
@@ -63,14 +66,61 @@ def test_greedy_branches(params):
 def test_stream_is_generate(params):
   samples, last = prompts()
   batch = batches.pack([[s] for s in samples], 24, 2, 8)
-  sampling = sampler.Sampling(temperature=1.0, top_k=8, top_p=0.9)
-  whole = sampler.generate(CONFIG, params, batch, last, 5, STOP, sampling, seed=4)
-  steps = list(sampler.stream(CONFIG, params, batch, last, 5, STOP, sampling, seed=4))
+  whole = sampler.generate(CONFIG, params, batch, last, 5, STOP, NOISY, seed=4)
+  steps = list(sampler.stream(CONFIG, params, batch, last, 5, STOP, NOISY, seed=4))
   np.testing.assert_array_equal(np.stack([t * a for t, a in steps], -1), whole.token_BQN[..., :len(steps)])
-  again = sampler.generate(CONFIG, params, batch, last, 5, STOP, sampling, seed=4)
+  again = sampler.generate(CONFIG, params, batch, last, 5, STOP, NOISY, seed=4)
   np.testing.assert_array_equal(again.token_BQN, whole.token_BQN)
-  other = sampler.generate(CONFIG, params, batch, last, 5, STOP, sampling, seed=5)
+  other = sampler.generate(CONFIG, params, batch, last, 5, STOP, NOISY, seed=5)
   assert (other.token_BQN != whole.token_BQN).any()
+
+
+class TestPaged:
+  """Caches in pages of four slots: prompts end inside a page, answers fill one and need another."""
+
+  def generate(self, params, sampling, config=CONFIG, seed=4, **how):
+    samples, last = prompts()
+    batch = batches.pack([[s] for s in samples], 24, 2, 8)
+    pool = Pool(4)
+    fronts = paged.fronts(config, params, sampler.decode_params(params), batch, last, 5, STOP, sampling, seed,
+                          pool=pool, **how)
+    return (sampler.generate(config, params, batch, last, 5, STOP, sampling, seed),
+            sampler.collect(fronts, last.shape, 5), pool)
+
+  def equal(self, got, want):
+    np.testing.assert_array_equal(got.token_BQN, want.token_BQN)
+    np.testing.assert_array_equal(got.length_BQ, want.length_BQ)
+    assert_close(got.logp_BQN, want.logp_BQN, what='log-probabilities')
+
+  @pytest.mark.parametrize('sampling', [sampler.GREEDY, NOISY])
+  def test_draws_the_tokens_of_contiguous_caches(self, params, sampling):
+    want, got, pool = self.generate(params, sampling)
+    self.equal(got, want)
+    assert want.length_BQ.max() == 5
+    assert pool.total * pool.size < 2 * (24 + 2 * 5)             # slots of the contiguous caches
+
+  def test_index_keys_of_eight_bits(self, params):
+    """Where everything is selected, how index keys are kept changes nothing."""
+    config = dataclasses.replace(CONFIG, text=dataclasses.replace(
+        CONFIG.text, indexer=dataclasses.replace(CONFIG.text.indexer, topk=64)))
+    want, got, _ = self.generate(params, sampler.GREEDY, config, eight=True)
+    self.equal(got, want)
+
+  def test_is_one_argument(self, params):
+    samples, last = prompts()
+    batch = batches.pack([[s] for s in samples], 24, 2, 8)
+    run = lambda fn, **how: fn(CONFIG, params, batch, last, 5, STOP, **how)
+    whole = run(sampler.generate, caches='paged')
+    self.equal(whole, run(sampler.generate))
+    steps = list(run(sampler.stream, caches='paged'))
+    np.testing.assert_array_equal(np.stack([t * a for t, a in steps], -1), whole.token_BQN[..., :len(steps)])
+
+  def test_what_pages_cannot_do_is_named(self, params):
+    dense, cache = dataclasses.replace(CONFIG, attention='dense'), decoder.PagedCache(None, Table(None, None))
+    with pytest.raises(ValueError, match="need attention='sparse', this model has 'dense'"):
+      jax.eval_shape(lambda batch: keye.apply(dense, params, batch, cache), keye.smallest_batch(dense))
+    with mesh(1, 1, 1), pytest.raises(ValueError, match='caches in pages live on one device'):
+      next(paged.fronts(CONFIG, params, params, None, None, 1, STOP, sampler.GREEDY, 0))
 
 
 def test_draw_keeps_what_it_should():
