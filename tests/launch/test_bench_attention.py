@@ -131,6 +131,7 @@ def programs():
   return x, {kind: {name: jax.jit(fn)(*a) for name, (fn, a) in found.items()} for kind, found in made.items()}
 
 
+@pytest.mark.slow
 def test_what_is_timed_is_one_function(programs):
   x, results = programs
   forward, backward, decode = (results[kind] for kind in bench_attention.KINDS)

@@ -24,7 +24,7 @@ def torch_case(fixtures):
   return fixtures('dsa_torch.npz')
 
 
-@pytest.mark.parametrize('kind', kinds.SPARSE)
+@pytest.mark.parametrize('kind', [*kinds.WITH_TPU, pytest.param('gathered', marks=pytest.mark.slow)])
 class TestEveryImplementation:
 
   @pytest.mark.parametrize('layout, shuffle', [('one', False), ('branches', False), ('packed', True)])
@@ -153,7 +153,8 @@ class TestWays:
     with pytest.raises(ValueError, match="dsa_attention: tpu has no way 'gathered'; use masked_dense"):
       way.choose('tpu', 8, 8, k, False, 'gathered')
 
-  @pytest.mark.parametrize('crossover', [3.0, 0.0])        # prefill is just below it, or above; decoding above
+  # Prefill is just below it, or above; decoding above.
+  @pytest.mark.parametrize('crossover', [pytest.param(3.0, marks=pytest.mark.slow), 0.0])
   def test_forward_remat_and_decode_see_the_same_set(self, monkeypatch, crossover):
     """As lengths choose: gradients, made again from a checkpoint, and a decoding step on a longer cache. A set that
     differed would show in o and in the gradients."""

@@ -92,13 +92,14 @@ class TestPaged:
     np.testing.assert_array_equal(got.length_BQ, want.length_BQ)
     assert_close(got.logp_BQN, want.logp_BQN, what='log-probabilities')
 
-  @pytest.mark.parametrize('sampling', [sampler.GREEDY, NOISY])
+  @pytest.mark.parametrize('sampling', [pytest.param(sampler.GREEDY, marks=pytest.mark.slow), NOISY])
   def test_draws_the_tokens_of_contiguous_caches(self, params, sampling):
     want, got, pool = self.generate(params, sampling)
     self.equal(got, want)
     assert want.length_BQ.max() == 5
     assert pool.total * pool.size < 2 * (24 + 2 * 5)             # slots of the contiguous caches
 
+  @pytest.mark.slow
   def test_index_keys_of_eight_bits(self, params):
     """Where everything is selected, how index keys are kept changes nothing."""
     config = dataclasses.replace(CONFIG, text=dataclasses.replace(
