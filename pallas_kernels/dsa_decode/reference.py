@@ -27,5 +27,5 @@ def dsa_decode(q_BTHK, pages: Pages, iq_BTIJ, gate_BTI, page_BN, length_B, *, to
   q_segment_BT = jnp.where(q_order_BT >= 0, sample, tiles.QUERY_PAD)
   out = reference.dsa_attention(q_BTHK, k_BSGK, v_BSGK, iq_BTIJ, ik_BSJ, gate_BTI, q_segment_BT,
                                 jnp.where(written_BS, sample, 0), q_order_BT, order_BS, topk=topk, scale=scale,
-                                selection=None, want_kl=False)
+                                selection=None, want_kl=False, way='masked_dense')
   return DecodeOutput(out.o_BTHK, out.lse_BTH, out.selection)
