@@ -3,12 +3,14 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 from keye_jax.nn import inspect, keye
 from tests.nn.batches import CONFIG, forward, mixed
 from tests.tolerances import assert_close
 
 
+@pytest.mark.slow
 def test_selections_belong_to_the_forward_pass():
   config = dataclasses.replace(CONFIG, attention='sparse')
   params = keye.init(config, jax.random.key(0))

@@ -126,8 +126,8 @@ def test_sparse_differs_from_dense(params):
   assert float(jnp.abs(a - b).max()) > 1e-3
 
 
-@pytest.mark.parametrize('remat', ['block', pytest.param('attention', marks=pytest.mark.slow),
-                                   pytest.param('offload', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('remat', ['block', 'attention', 'offload'])
 def test_remat_changes_nothing(params, remat):
   config, batch = with_mode('sparse'), batches.mixed(B=8)
   again, plain = (gradients(c, params, batch, 1.0, 1.0) for c in (dataclasses.replace(config, remat=remat), config))

@@ -63,6 +63,7 @@ def test_greedy_branches(params):
       assert not got.token_BQN[b, q, n:].any()
 
 
+@pytest.mark.slow
 def test_stream_is_generate(params):
   samples, last = prompts()
   batch = batches.pack([[s] for s in samples], 24, 2, 8)
@@ -92,7 +93,8 @@ class TestPaged:
     np.testing.assert_array_equal(got.length_BQ, want.length_BQ)
     assert_close(got.logp_BQN, want.logp_BQN, what='log-probabilities')
 
-  @pytest.mark.parametrize('sampling', [pytest.param(sampler.GREEDY, marks=pytest.mark.slow), NOISY])
+  @pytest.mark.slow
+  @pytest.mark.parametrize('sampling', [sampler.GREEDY, NOISY])
   def test_draws_the_tokens_of_contiguous_caches(self, params, sampling):
     want, got, pool = self.generate(params, sampling)
     self.equal(got, want)

@@ -72,6 +72,7 @@ def losses(dtype: str, rate: float, steps: int) -> tuple[list[float], state_lib.
   return out, state
 
 
+@pytest.mark.slow
 def test_a_small_rate_trains_bfloat16_as_it_does_float32():
   """At 2e-4 a step moves most weights by less than half of what bfloat16 tells apart."""
   half, state = losses('bfloat16', 2e-4, 150)
