@@ -6,6 +6,7 @@ arrive whole; a kernel reads and writes the parts that its program is for.
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
@@ -24,3 +25,10 @@ def call(kernel: Callable, grid: tuple[int, ...], arrays: Sequence[jax.Array], o
 def ceil_pow2(n: int) -> int:
   """The smallest power of two that is at least n."""
   return 1 << max(n - 1, 0).bit_length()
+
+
+def store(ref, place: tuple, value: jax.Array, mask: jax.Array) -> None:
+  """ref[place] = value where mask is True. `place` has an index array, or a number, for each axis; all broadcast."""
+  *front, last = place
+  last = jnp.where(mask, last, ref.shape[-1])       # interpreted, what is masked is written too, but out of range
+  triton.store(ref.at[*front, last], value, mask=mask)

@@ -15,10 +15,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from pallas_kernels import gpu_call, tiles
 from pallas_kernels.dense_attention.xla import cut_queries, join_queries
+from pallas_kernels.dsa_attention.gpu_backward import gradients
+from pallas_kernels.dsa_attention.gpu_indexer import indexer_loss
 from pallas_kernels.dsa_attention.gradient import Passes, attend
 from pallas_kernels.dsa_attention.output import DSAOutput
 from pallas_kernels.dsa_attention.row import Options, Row
@@ -30,6 +31,7 @@ from pallas_kernels.mask import NEG_INF
 
 GATHER = 64            # keys of a step
 WARPS, STAGES = 8, 3
+NOBODY = 1e30          # log-sum-exp of a head that was added: all its probabilities are 0
 LOG2E = 1.4426950408889634
 
 
@@ -41,10 +43,10 @@ class Lists(NamedTuple):
 
 
 def lists(met: index.Tiles, word_MN: jax.Array, number_MP: jax.Array) -> Lists:
-  """From the words of index_select. There is room for all keys of the row, and for one step more."""
+  """From the words of index_select. There is room for all keys of the row."""
   (M, P), S = number_MP.shape, met.order_PS.shape[1]
   end_MP = jnp.cumsum(number_MP, 1)
-  empty = jnp.zeros((M, (P * S // GATHER + 1) * GATHER), jnp.int32)
+  empty = jnp.zeros((M, -(-P * S // GATHER) * GATHER), jnp.int32)
   index_MU, word_MU = gpu_call.call(
       functools.partial(_list, S=S), (M, P), [word_MN, end_MP - number_MP, met.tile_P, met.count_M, empty, empty],
       [jax.ShapeDtypeStruct(empty.shape, jnp.int32)] * 2, warps=4, stages=2, aliases={4: 0, 5: 1})
@@ -59,9 +61,8 @@ def _list(word_ref, start_ref, tile_ref, count_ref, empty_index_ref, empty_word_
     word_S = word_ref[m, pl.ds(n * S, S)]
     flag_S = word_S != 0
     rank_S = start_ref[m, n] + jnp.cumsum(flag_S.astype(jnp.int32)) - 1
-    to_S = jnp.where(flag_S, rank_S, index_out.shape[1] - 1)
-    triton.store(index_out.at[m, to_S], tile_ref[n] * S + jnp.arange(S, dtype=jnp.int32), mask=flag_S)
-    triton.store(word_out.at[m, to_S], word_S, mask=flag_S)
+    gpu_call.store(index_out, (m, rank_S), tile_ref[n] * S + jnp.arange(S, dtype=jnp.int32), flag_S)
+    gpu_call.store(word_out, (m, rank_S), word_S, flag_S)
 
 
 def attention(scale: float, group: int, picked: Lists, q_MGNK, k_SGK, v_SGK) -> tuple[jax.Array, jax.Array]:
@@ -104,6 +105,7 @@ class Plan(NamedTuple):
   keys: index.Keys
   k_SGK: jax.Array
   v_SGK: jax.Array
+  ik_SJ: jax.Array
 
 
 class Chunk(NamedTuple):
@@ -114,11 +116,14 @@ class Chunk(NamedTuple):
 
 
 def padded(row: Row) -> Row:
-  """A row with a power of two of heads for each KV head, and of features, of at least 16; what is added is 0."""
-  T, (_, N, K) = len(row.q_order_T), row.q_GNK.shape
-  heads, width = gpu_call.ceil_pow2(N // T) * T, max(gpu_call.ceil_pow2(K), gpu_call.SMALLEST)
-  fill = lambda x: tiles.pad(x, -1, width)
-  return row._replace(q_GNK=fill(tiles.pad(row.q_GNK, 1, heads)), k_GSK=fill(row.k_GSK), v_GSK=fill(row.v_GSK))
+  """A row with a power of two of heads for each KV head, and of features; what is added is 0."""
+  T, K = len(row.q_order_T), row.q_GNK.shape[2]
+  pad = lambda x: tiles.pad(x, 2, max(gpu_call.ceil_pow2(K), gpu_call.SMALLEST))
+  return row._replace(q_GNK=pad_heads(pad(row.q_GNK), T), k_GSK=pad(row.k_GSK), v_GSK=pad(row.v_GSK))
+
+
+def pad_heads(x_GNK: jax.Array, T: int, value=0) -> jax.Array:
+  return tiles.pad(x_GNK, 1, gpu_call.ceil_pow2(x_GNK.shape[1] // T) * T, value)
 
 
 def plan(options: Options, row: Row, selection: Selection | None) -> tuple[Plan, Chunk]:
@@ -130,7 +135,8 @@ def plan(options: Options, row: Row, selection: Selection | None) -> tuple[Plan,
   given = jax.tree.map(lambda x: tiles.cut(tiles.pad(x, 0, size), 0, size), given)
   flat = lambda x_GSK: tiles.pad(x_GSK.swapaxes(0, 1), 0, tiles.KEYS)
   every = selection is None and options.topk >= len(row.k_order_S)
-  return Plan(every, keys, flat(row.k_GSK), flat(row.v_GSK)), Chunk(cut_groups(row.q_GNK, T, size), chunks, given)
+  whole = Plan(every, keys, flat(row.k_GSK), flat(row.v_GSK), keys.ik_PSJ.reshape(-1, keys.ik_PSJ.shape[2]))
+  return whole, Chunk(cut_groups(row.q_GNK, T, size), chunks, given)
 
 
 def cut_groups(x_GNK: jax.Array, T: int, size: int) -> jax.Array:
@@ -154,23 +160,63 @@ def select(options: Options, row: Plan, chunk: Chunk, replay: bool) -> tuple[Sel
   return Selection(search.value(key_T), last_T), lists(met, *index.words(key_TN, key_T, last_T, met))
 
 
+def index_queries(chunk: index.Chunk) -> tuple[jax.Array, jax.Array]:
+  """(iq_MITJ, gate_MTI) of the groups of a chunk."""
+  iq_MITJ = tiles.cut(chunk.iq_ITJ, 1, index.GROUP)
+  return iq_MITJ, tiles.cut(chunk.gate_IT.T, 0, index.GROUP)
+
+
 def forward_row(options: Options, arrays: Row, selection: Selection | None):
   """(o_GNK, lse_GN, kl_T or None, log-sum-exp of the selected scores [T] or None, Selection) of a row."""
-  T, (_, N, K) = len(arrays.q_order_T), arrays.q_GNK.shape
+  T, (G, N, K) = len(arrays.q_order_T), arrays.q_GNK.shape
   row, chunks = plan(options, padded(arrays), selection)
 
   def one(_, chunk):
     chosen, picked = select(options, row, chunk, selection is not None)
-    return None, (*attention(options.scale, index.GROUP, picked, chunk.q_MGNK, row.k_SGK, row.v_SGK), chosen)
+    o_MGNK, lse_MGN = attention(options.scale, index.GROUP, picked, chunk.q_MGNK, row.k_SGK, row.v_SGK)
+    kl = None, None
+    if options.want_kl:
+      real_N = jnp.arange(lse_MGN.shape[2]) < N // T * index.GROUP
+      kl = indexer_loss(options.scale, G * N // T, picked, chunk.q_MGNK, jnp.where(real_N, lse_MGN, NOBODY),
+                        *index_queries(chunk.index), row.k_SGK, row.ik_SJ)
+    return None, (o_MGNK, lse_MGN, *kl, chosen)
 
-  _, (o_CMGNK, lse_CMGN, chosen) = jax.lax.scan(one, None, chunks)
-  chosen = jax.tree.map(lambda x: x.reshape(-1)[:T], chosen)
-  return join_groups(o_CMGNK, T)[:, :N, :K], join_groups(lse_CMGN, T)[:, :N], None, None, chosen
+  _, (o_CMGNK, lse_CMGN, *rest) = jax.lax.scan(one, None, chunks)
+  kl_T, index_lse_T, chosen = jax.tree.map(lambda x: x.reshape(-1)[:T], rest)
+  return join_groups(o_CMGNK, T)[:, :N, :K], join_groups(lse_CMGN, T)[:, :N], kl_T, index_lse_T, chosen
+
+
+def backward_row(options: Options, arrays: Row, selection: Selection, index_lse_T, lse_GN, delta_GN, do_GNK, dkl_T):
+  """Gradients (dq_GNK, dk_GSK, dv_GSK, diq_ITJ, dik_SJ, dgate_TI) of a row, float32."""
+  (I, T, J), (G, N, K), S = arrays.iq_ITJ.shape, arrays.q_GNK.shape, len(arrays.k_order_S)
+  row, chunks = plan(options, padded(arrays), selection)
+  size, width = chunks.index.order_T.shape[1], chunks.q_MGNK.shape[4]
+  groups = lambda x, value=0: cut_groups(pad_heads(x, T, value), T, size)
+  stacked = groups(tiles.pad(do_GNK, 2, width)), groups(lse_GN, NOBODY), groups(delta_GN)
+  rows = (index_lse_T, dkl_T) if options.want_kl else (jnp.zeros(T),) * 2
+  rows = [tiles.pad(x, 0, size).reshape(-1, size // index.GROUP, index.GROUP) for x in rows]
+
+  def one(carry, inputs):
+    chunk, stacked, rows = inputs
+    _, picked = select(options, row, chunk, True)
+    return gradients(options.scale, G * N // T, options.want_kl, picked, chunk.q_MGNK, *stacked,
+                     *index_queries(chunk.index), *rows, row.k_SGK, row.v_SGK, row.ik_SJ, carry)
+
+  init = tuple(jnp.zeros(x.shape) for x in (row.k_SGK, row.v_SGK, row.ik_SJ))
+  (dk_SGK, dv_SGK, dik_SJ), (dq, diq, dgate) = jax.lax.scan(one, init, (chunks, stacked, rows))
+  diq_ITJ = jnp.moveaxis(diq, 2, 0).reshape(diq.shape[2], -1, diq.shape[4])
+  keys = lambda x_SGK: x_SGK.swapaxes(0, 1)[:, :S, :K]
+  return (join_groups(dq, T)[:, :N, :K], keys(dk_SGK), keys(dv_SGK), diq_ITJ[:I, :T, :J], dik_SJ[:S, :J],
+          dgate.reshape(-1, dgate.shape[3])[:T, :I])
 
 
 def forward(options: Options, rows: Row, selection):
   return tiles.over_rows(functools.partial(forward_row, options), (rows, selection), loop=True)
 
 
+def backward(options: Options, rows: Row, *saved):
+  return tiles.over_rows(functools.partial(backward_row, options), (rows, *saved), loop=True)
+
+
 def dsa_attention(*arrays, **options) -> DSAOutput:
-  return attend(Passes(forward, None), *arrays, **options)
+  return attend(Passes(forward, backward), *arrays, **options)

@@ -16,7 +16,7 @@ from pallas_kernels.index_select.xla import is_small
 
 Way = Literal['masked_dense', 'gathered']
 
-# Of an implementation. The kernels have one way at every length: a TPU issues each copy of a gather, so that theirs mask
+# Of an implementation. Kernels have one way at every length: a TPU issues each copy of a gather, so that theirs mask
 # whole tiles (tpu.py), while a GPU gathers as fast as it reads.
 WAYS = {'reference': ('masked_dense',), 'xla': ('masked_dense', 'gathered'), 'tpu': ('masked_dense',),
         'gpu': ('gathered',)}

@@ -73,11 +73,9 @@ def meet(chunk: Chunk, keys: Keys) -> Tiles:
 
 def scores(chunk: Chunk, keys: Keys) -> jax.Array:
   """int32 [T, N]: keys of the scores, tiles in the order of tile_P; those behind its front are not written."""
-  (_, T, J), (P, S) = chunk.iq_ITJ.shape, keys.order_PS.shape
-  wide = max(gpu_call.ceil_pow2(J), gpu_call.SMALLEST)
+  T, (P, S) = chunk.iq_ITJ.shape[1], keys.order_PS.shape
   rows = min(ROWS, T & -T)
-  arrays = [tiles.pad(chunk.iq_ITJ, 2, wide), *chunk[1:4], tiles.pad(keys.ik_PSJ, 2, wide), *keys[1:], *chunk[4:]]
-  return gpu_call.call(functools.partial(_scores, rows=rows), (T // rows, P), arrays,
+  return gpu_call.call(functools.partial(_scores, rows=rows), (T // rows, P), [*chunk[:4], *keys, *chunk[4:]],
                        [jax.ShapeDtypeStruct((T, buffer_width(P * S)), jnp.int32)], warps=8, stages=3)[0]
 
 
@@ -120,7 +118,7 @@ def kth(key_TN: jax.Array, met: Tiles, topk: int) -> tuple[jax.Array, jax.Array]
   length_T = jnp.repeat(met.count_M * S, T // len(met.count_M))
   key_TC, place_TC, found_T, visible_T = gpu_call.call(
       functools.partial(_candidates, topk=topk, S=S), (T,), [key_TN, length_T],
-      [int32(T, CANDIDATES + 1), int32(T, CANDIDATES + 1), int32(T), int32(T)], warps=8, stages=2)
+      [int32(T, CANDIDATES), int32(T, CANDIDATES), int32(T), int32(T)], warps=8, stages=2)
   return tuple(gpu_call.call(
       functools.partial(_kth, topk=topk), (T,),
       [key_TN, length_T, met.order_PS, met.tile_P, key_TC, place_TC, found_T, visible_T], [int32(T), int32(T)],
@@ -139,9 +137,8 @@ def _candidates(key_ref, length_ref, key_out, place_out, found_out, visible_out,
     x, place = part(key_ref, t, n, length)
     rank = found + jnp.cumsum((x >= low).astype(jnp.int32)) - 1
     flag = (x >= low) & (rank < CANDIDATES)
-    to = jnp.where(flag, rank, CANDIDATES)
-    triton.store(key_out.at[t, to], x, mask=flag)
-    triton.store(place_out.at[t, to], place, mask=flag)
+    gpu_call.store(key_out, (t, rank), x, flag)
+    gpu_call.store(place_out, (t, rank), place, flag)
     return found + count(x >= low), seen_S + (x > MASKED).astype(jnp.int32)
 
   found, seen_S = jax.lax.fori_loop(0, pl.cdiv(length, SCAN), scan, (jnp.int32(0), jnp.zeros(SCAN, jnp.int32)))
@@ -260,16 +257,19 @@ def _words(key_ref, threshold_ref, last_ref, order_ref, tile_ref, count_ref, wor
 
 
 def cut(iq_ITJ, ik_SJ, gate_TI, q_segment_T, k_segment_S, q_order_T, k_order_S) -> tuple[Chunk, Keys]:
-  """The chunks of a row and their keys."""
-  T, S = len(q_order_T), len(k_order_S)
+  """The chunks of a row and their keys. Of heads and of features there are powers of two; those added are 0."""
+  (I, T, J), S = iq_ITJ.shape, len(k_order_S)
   size = chunk_size(T, S)
+  heads, width = gpu_call.ceil_pow2(I), max(gpu_call.ceil_pow2(J), gpu_call.SMALLEST)
+  iq_ITJ, ik_SJ = tiles.pad(tiles.pad(iq_ITJ, 2, width), 0, heads), tiles.pad(ik_SJ, 1, width)
+  gate_IT = tiles.pad(gate_TI.astype(jnp.float32).T, 0, heads)
   key_tiles = lambda x, value=0: tiles.cut(tiles.pad(x, 0, tiles.KEYS, value), 0, tiles.KEYS)
   chunks = lambda x, axis=0, value=0: tiles.cut(tiles.pad(x, axis, size, value), axis, size)
   segment_CT, order_CT = chunks(q_segment_T, 0, tiles.QUERY_PAD), chunks(q_order_T)
   keys = Keys(key_tiles(ik_SJ), key_tiles(k_segment_S, tiles.KEY_PAD), key_tiles(k_order_S))
   tile_CP, count_C = tiles.front(tiles.meeting(segment_CT, keys.segment_PS, order_CT, keys.order_PS, causal=True))
   count_CM = jnp.repeat(count_C[:, None], size // GROUP, 1)
-  return Chunk(chunks(iq_ITJ, 1), chunks(gate_TI.astype(jnp.float32).T, 1), segment_CT, order_CT, tile_CP,
+  return Chunk(chunks(iq_ITJ, 1), chunks(gate_IT, 1), segment_CT, order_CT, tile_CP,
                count_CM), keys
 
 
