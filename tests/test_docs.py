@@ -57,9 +57,10 @@ def test_kernels_page_shows_what_was_recorded():
   assert shown == kernels_page.block(json.loads((results.FOLDER / 'kernels_aot.json').read_text()))
 
 
-def test_scale_page_shows_what_was_recorded():
-  shown = scale_page.PAGE.read_text().split(scale_page.START)[1].split(scale_page.END)[0].strip()
-  assert shown == scale_page.block(json.loads((results.FOLDER / 'scale.json').read_text()))
+@pytest.mark.parametrize('table', ['scale'])
+def test_scale_page_shows_what_was_recorded(table):
+  shown = scale_page.PAGE.read_text().split(scale_page.start(table))[1].split(scale_page.END)[0].strip()
+  assert shown == scale_page.block(json.loads((results.FOLDER / f'{table}.json').read_text()))
 
 
 def test_scale_page_shows_the_balance_that_was_recorded():

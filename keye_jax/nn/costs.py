@@ -12,16 +12,18 @@ from collections.abc import Callable
 
 from keye_jax.config import ModelConfig
 from keye_jax.jaxpr_costs import Cost, Rule
+from pallas_kernels import dispatch
 from pallas_kernels.dense_attention import xla as dense
 from pallas_kernels.grouped_matmul import xla as grouped
-from pallas_kernels.index_select import tpu as index
+from pallas_kernels.index_select import gpu, tpu
 
 FLOAT = 4
 WORD_QUERIES = 32            # queries whose bits of a selection make one int32 a key
 
 
 def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) -> dict[str, Rule]:
-  """Rules by the name of a pass. seen: (T, S) -> mean keys that a query of the language model sees; default causal."""
+  """Rules by the name of a pass, as the devices of the mesh do it. seen: (T, S) -> mean keys that a query of the
+  language model sees; default causal."""
   seen = seen or causal
   topk, experts = config.text.indexer.topk, config.text.experts
   travels = config.experts_transport in ('padded', 'ragged')
@@ -36,13 +38,13 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
       return Cost(2.0 * B * H * T * K * keys * products, bytes=read + ends)
     return rule
 
-  def sparse(products: int, index_products: int):
+  def tiled(products: int, index_products: int):
     """products and index_products: on selected keys. Every visible key is scored once more, to select."""
     def rule(B, G, N, K, S, I, T, J, width) -> Cost:
       keys = seen(T, S)
       kept = selected(S, topk, keys)
       flops = lambda n: B * n * (2.0 * G * N * K * products + 2.0 * I * T * J * index_products)
-      groups, chunks = math.ceil(T / WORD_QUERIES), math.ceil(T / (WORD_QUERIES * index.MANY))
+      groups, chunks = math.ceil(T / WORD_QUERIES), math.ceil(T / (WORD_QUERIES * tpu.MANY))
       # a chunk reads the tiles of k and v that it visits, backward adds to their gradients; a group reads all index
       # keys and writes its words, which are read again
       visit = 2 * G * K * (width + 2 * FLOAT) if products == 5 else (products - 1) * G * K * width
@@ -50,6 +52,30 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
       ends = B * width * (products * G * N * K + 2 * S * G * K + (1 + index_products) * I * T * J)
       return Cost(flops(kept) + 2.0 * B * I * T * J * keys, flops(keys - kept), read + ends)
     return rule
+
+  def listed(products: int, index_products: int):
+    """On a GPU: a group of queries meets the union of what each of them selected, which is masked places at most when
+    they have no key in common; `tiled` meets whole tiles."""
+    def rule(B, G, N, K, S, I, T, J, width) -> Cost:
+      keys = seen(T, S)
+      kept = selected(S, topk, keys)
+      union = min(kept * min(gpu.GROUP, T), keys)
+      flops = lambda n: B * n * (2.0 * G * N * K * products + 2.0 * I * T * J * index_products)
+      # each product gathers keys or values; backward gathers them once, and what a group adds to the gradients of a key
+      # is written and read again, the probabilities for the indexer too
+      backward = products == 5
+      visit = G * K * width * products if not backward else 2 * G * K * (width + 2 * FLOAT)
+      if index_products:
+        visit += J * (width + 2 * FLOAT * backward) + 2 * FLOAT * G * gpu.GROUP * backward
+      listed = lambda n: B * math.ceil(T / gpu.GROUP) * n * visit
+      # a visible score is written once and read twice
+      scores = B * keys * (math.ceil(T / gpu.ROWS) * J * width + T * 3 * FLOAT)
+      ends = B * width * (products * G * N * K + 2 * S * G * K + (1 + index_products) * I * T * J)
+      return Cost(flops(kept) + 2.0 * B * I * T * J * keys, flops(union - kept),
+                  listed(kept) + scores + ends, listed(union - kept))
+    return rule
+
+  sparse = listed if dispatch.choose('dsa_attention', None) == 'gpu' else tiled
 
   def warmup(index_products: int):
     def rule(B, G, N, K, S, I, T, J, width) -> Cost:

@@ -7,7 +7,7 @@ from data_pipelines.errors import InputError
 from keye_jax import jaxpr_costs, planning
 from keye_jax.chips import CHIPS
 from keye_jax.jaxpr_costs import Cost
-from launch import cli, plan, plan_advice
+from launch import cli, plan, plan_advice, scale_page
 from launch.run_config import load
 from pallas_kernels.aot import rows
 
@@ -21,12 +21,19 @@ WORDS = ['plan', '--config', 'configs/sft.py:tiny', '--topology', 'v5p:2x2x1',
 
 
 @pytest.mark.parametrize('words, message', [
-    (['--topology', 'v9:2x2'], "--topology v9:2x2: no figures for 'v9'; there are v5p, v6e, tpu7x"),
+    (['--topology', 'v9:2x2'], "--topology v9:2x2: no figures for 'v9'; there are v5p, v6e, tpu7x, "
+     'h100'),
     (['--efficiency', '0'], '--efficiency 0.0 must be above 0 and at most 1'),
 ])
 def test_bad_input_is_one_line(capsys, words, message):
   assert cli.main([*WORDS, *words]) == 2
   assert capsys.readouterr().err == f'keye plan: {message}\n'
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch, capsys):
+  monkeypatch.setattr(plan, 'installed', lambda target: target != 'h100')
+  assert cli.main([*WORDS, '--topology', 'h100:4']) == 2
+  assert capsys.readouterr().err == "keye plan: the compiler for h100 is missing: pip install 'keye_jax[aot]'\n"
 
 
 def test_an_op_that_would_not_run_so_is_refused(monkeypatch):
@@ -49,7 +56,7 @@ def test_advice_names_what_would_help():
 def test_seconds_are_flops_over_peak_and_bytes_over_bandwidth():
   chip = CHIPS['v5p']
   cost = Cost(flops=3 * chip.flops, masked=chip.flops, bytes=chip.hbm_bandwidth, sent={'context': chip.ici_bandwidth})
-  got = planning.roofline(cost, 2 * chip.flops, chip, 0.5)
+  got = planning.roofline(cost, 2 * chip.flops, chip, 0.5, {'data': 2, 'context': 4})
   assert got['compute_s'] == 8 and got['compute_s_without_masked'] == 6
   assert got['hbm_s'] == 1 and got['ici_s'] == 3 and got['step_s'] == 8        # one of three dimensions
   assert got['model_flops_bound_s'] == 2
@@ -62,14 +69,33 @@ def test_seconds_are_flops_over_peak_and_bytes_over_bandwidth():
   assert 'compute_s      8.00' in said and 'DOES NOT FIT' in said and said.endswith('- more')
 
 
+@pytest.mark.parametrize('mesh, over_the_network', [
+    ((16, 1, 4), {'data'}), ((4, 4, 4), {'data', 'context'}), ((1, 16, 4), {'context'}), ((8, 2, 4), {'data'}),
+    ((1, 2, 4), set()), ((1, 1, 16), {'expert'})])
+def test_an_axis_that_leaves_a_host_goes_at_the_speed_of_the_network(mesh, over_the_network):
+  chip, mesh = CHIPS['h100'], dict(zip(('data', 'context', 'expert'), mesh))
+  assert planning.links(chip, mesh) == {a: 50e9 if a in over_the_network else 450e9 for a in mesh}
+  cost = Cost(sent={'data': 50e9, 'expert': 450e9})
+  assert planning.roofline(cost, 0, chip, 0.5, {'data': 2, 'context': 1, 'expert': 8})['ici_s'] == 2
+  assert set(planning.links(CHIPS['v5p'], mesh).values()) == {200e9}
+
+
+def test_tpus_and_gpus_have_a_table_each():
+  tables = [scale_page.table({'topology': f'{chip}:8'}) for chip in CHIPS]
+  assert tables == ['scale', 'scale', 'scale', 'scale_gpu']
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not rows.installed('v5p'), reason='needs libtpu, of the extra `aot`')
-def test_a_small_run_is_planned(capfd):
-  assert cli.main([*WORDS, '--json']) == 0
+@pytest.mark.parametrize('topology, kernel, device', [
+    pytest.param(topology, kernel, device, marks=pytest.mark.skipif(
+        not rows.installed(topology.partition(':')[0]), reason='needs a compiler of the extra `aot`'))
+    for topology, kernel, device in (('v5p:2x2x1', 'tpu', 'TPU v5'), ('h100:4', 'gpu', 'NVIDIA H100 80GB HBM3'))])
+def test_a_small_run_is_planned(capfd, topology, kernel, device):
+  assert cli.main([*WORDS, '--topology', topology, '--json']) == 0
   found = json.loads(capfd.readouterr().out)
   size = found['bytes']
-  assert found['device'] == 'TPU v5' and found['mesh'] == {'data': 1, 'context': 2, 'expert': 2}
-  assert found['ops'] == {'dsa_attention_backward_kl': 'tpu', 'dsa_attention_forward_kl': 'tpu',
+  assert found['device'] == device and found['mesh'] == {'data': 1, 'context': 2, 'expert': 2}
+  assert found['ops'] == {'dsa_attention_backward_kl': kernel, 'dsa_attention_forward_kl': kernel,
                           'routed_swiglu_backward': 'xla', 'routed_swiglu_forward': 'xla'}
   assert size['fits'] and size['temporaries'] > 0
   # a little more than the parts: step, key, and rows of lanes that are padded

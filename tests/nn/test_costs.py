@@ -2,7 +2,9 @@
 import dataclasses
 import re
 
+import jax
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from configs import keye_vl_2_30b_a3b
 from keye_jax import jaxpr_costs, planning
@@ -39,6 +41,27 @@ def test_flops_of_a_training_step(attention):
   # tiles are visited whole at most: all visible keys, where products on the selected ones are counted
   assert got.masked == pytest.approx(0 if attention == 'dense' else tokens * (
       part['attention'] * 4 + part['indexer_scores'] * 4 * kept) * (1 / kept - 1), rel=1e-6)
+
+
+@pytest.mark.parametrize('name', ['dsa_attention_forward_kl', 'dsa_attention_backward_kl'])
+def test_lists_on_a_gpu_have_fewer_masked_places_than_tiles(name):
+  """What the result needs is the same; 16 queries with no key in common meet 16 times what each selected, or all keys
+  that they see."""
+  config = keye_vl_2_30b_a3b.model()
+  device = type(jax.make_mesh((1,), ('x',)).abstract_mesh.abstract_device)('a device', 1, 'cuda')
+  with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ('x',), (AxisType.Explicit,), abstract_device=device)):
+    listed, full = costs.rules(config)[name], costs.rules(config, costs.every)[name]
+  tiled = costs.rules(config)[name]
+  dims = dict(B=1, G=4, N=8 * 512, K=128, I=16, T=512, J=64, width=2)
+  long = listed(S=262144, **dims), tiled(S=262144, **dims)
+  assert long[0].flops == long[1].flops
+  kept = costs.selected(262144, 2048, 262145 / 2)
+  assert long[0].masked / long[1].masked == pytest.approx(15 * kept / (262145 / 2 - kept))
+  short = listed(S=16384, **dims), tiled(S=16384, **dims)
+  assert short[0].masked == short[1].masked > 0
+  assert full(S=2048, **dims).masked == 0
+  alone = listed(S=262144, **dims | {'T': 1, 'N': 8})
+  assert alone.masked == alone.apart == 0 < long[0].apart
 
 
 def test_flops_of_generation():
