@@ -67,12 +67,12 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
       visit = G * K * width * products if not backward else 2 * G * K * (width + 2 * FLOAT)
       if index_products:
         visit += J * (width + 2 * FLOAT * backward) + 2 * FLOAT * G * gpu.GROUP * backward
-      listed = lambda n: B * math.ceil(T / gpu.GROUP) * n * visit
+      gathered = lambda n: B * math.ceil(T / gpu.GROUP) * n * visit
       # a visible score is written once and read twice
       scores = B * keys * (math.ceil(T / gpu.ROWS) * J * width + T * 3 * FLOAT)
       ends = B * width * (products * G * N * K + 2 * S * G * K + (1 + index_products) * I * T * J)
       return Cost(flops(kept) + 2.0 * B * I * T * J * keys, flops(union - kept),
-                  listed(kept) + scores + ends, listed(union - kept))
+                  gathered(kept) + scores + ends, gathered(union - kept))
     return rule
 
   sparse = listed if dispatch.choose('dsa_attention', None) == 'gpu' else tiled
