@@ -42,7 +42,7 @@ def dsa_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, iq_BT
   if topk < 1:
     raise ValueError(f'dsa_attention: topk is {topk}, it must be at least 1')
   name = dispatch.choose('dsa_attention', implementation)
-  way = choose(name, q_BTHK.shape[1], k_BSGK.shape[1], topk, want_kl, way)
+  way = choose(name, H, q_BTHK.shape[1], k_BSGK.shape[1], topk, want_kl, way)
   return IMPLEMENTATIONS[name](
       q_BTHK, k_BSGK, v_BSGK, iq_BTIJ, ik_BSJ, gate_BTI, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, topk=topk,
       scale=q_BTHK.shape[-1] ** -0.5 if scale is None else scale, selection=selection, want_kl=want_kl, way=way)
