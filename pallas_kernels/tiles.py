@@ -19,7 +19,7 @@ QUERY_PAD, KEY_PAD = -1, -1 << 2 * BRANCH_BITS
 KEYS = 256             # keys of a tile
 MANY = 1 << 17         # logits of a row from which the batch is a loop: what a row needs then stays in the cache
 # Where there is no cache to suit and every launch of a loop is waited for, by platform: queries and keys of a tile of
-# dense attention, and logits of a row, all heads, up to which sparse attention takes it as one tile.
+# dense attention, and logits of a row, all heads, up to which sparse attention takes it as one tile, with no kernel.
 LARGE = {'gpu': 2048}
 ONE_TILE = {'gpu': 1 << 30}
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import tiles, tpu_call
+from pallas_kernels import dispatch, tiles, tpu_call
 from pallas_kernels.dsa_attention import Selection, chunks, dsa_attention, union, way
 from pallas_kernels.mask import NEG_INF
 from tests.pallas_kernels import cases, independent, kinds
@@ -169,6 +169,14 @@ class TestWays:
       assert not loops()
       for got, want in zip(jax.jit(gradient())(case.q, case.ik), expected):
         assert_close(got, want)
+
+  def test_kernels_of_a_gpu_are_for_rows_of_more_than_one_tile(self, monkeypatch):
+    case = cases.make(6, T=64).cast('float32')
+    monkeypatch.setattr(dispatch, 'platform', lambda: 'gpu')
+    kernels = lambda: 'pallas_call' in str(jax.make_jaxpr(lambda *x: dsa_attention(*x, topk=6).o_BTHK)(*case))
+    assert not kernels()
+    monkeypatch.setattr(tiles, 'ONE_TILE', {'gpu': 4 * 64 * 64 - 1})
+    assert kernels()
 
   # Prefill is just below it, or above; decoding above.
   @pytest.mark.parametrize('crossover', [pytest.param(3.0, marks=pytest.mark.slow), 0.0])
