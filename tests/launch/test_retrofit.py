@@ -38,6 +38,16 @@ def test_stages_are_configs(name):
   assert config.train.steps * config.train.batch >= 200
 
 
+@pytest.mark.parametrize('name', recipe.STAGES)
+def test_the_recipe_of_a_gpu_differs_in_rows_and_steps_only(name):
+  there, here = (run_config.load(f'configs/dsa_retrofit.py:smollm2{gpu}:{name}') for gpu in (',gpu', ''))
+  assert there.data.tokens == there.model.text.max_position and there.train.steps == recipe.GPU_STEPS[name]
+  assert there.optimizer == here.optimizer and there.train.freeze == here.train.freeze
+  assert dataclasses.replace(there.model, remat='') == dataclasses.replace(here.model, remat='')
+  assert there.train.steps * there.train.batch * there.data.tokens >= 0.8 * (
+      here.train.steps * here.train.batch * here.data.tokens)
+
+
 def test_a_model_that_is_not_there_is_said(tmp_path):
   with pytest.raises(InputError, match='neither smollm2 nor a run folder'):
     run_config.load(f'configs/dsa_retrofit.py:{tmp_path}:sparse')
