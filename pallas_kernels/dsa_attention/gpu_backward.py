@@ -57,7 +57,7 @@ def gradients(scale: float, heads: int, want_kl: bool, lists, q_MGNK, do_MGNK, l
 
   start = jnp.int32(0), jnp.zeros((M, G, N, K)), gpu_indexer.zeros(queries), tuple(carry)
   _, dq_MGNK, sums, dkeys = jax.lax.while_loop(lambda state: state[0] < inverse.length, one, start)
-  return dkeys, (dq_MGNK, *gpu_indexer.unstack(sums, T))
+  return dkeys, (dq_MGNK, *gpu_indexer.of_queries(sums, queries, T))
 
 
 def _gradients(index_ref, word_ref, count_ref, first_ref, start_ref, before_ref, offset_ref, q_ref, do_ref, lse_ref,
