@@ -128,7 +128,7 @@ def of_queries(sum_MPLJ: jax.Array, queries: Queries, T: int) -> tuple[jax.Array
   return diq_MLJ.reshape(M, L // T, T, J), dgate_ML.reshape(M, L // T, T).swapaxes(1, 2)
 
 
-def gradients(heads: int, lists, span: Batch, queries: Queries, p_GCT, ik_SJ, sum_MPLJ):
+def gradients(heads: int, lists, span: Batch, queries: Queries, p_GTC, ik_SJ, sum_MPLJ):
   """(sums with those of a batch added, what its entries give to dik [C + 1, J] in the order of its buffer).
 
   p: attention probabilities summed over the heads of a KV head, in the order of the line of lists; there are `heads`
@@ -136,17 +136,17 @@ def gradients(heads: int, lists, span: Batch, queries: Queries, p_GCT, ik_SJ, su
   """
   iq_MLJ, gate_ML, *rows = queries
   gated_MLJ = (iq_MLJ * gate_ML[..., None]).astype(iq_MLJ.dtype)
-  arrays = [*lists, *span[:-1], iq_MLJ, gated_MLJ, gate_ML, *rows, p_GCT, ik_SJ, sum_MPLJ]
+  arrays = [*lists, *span[:-1], iq_MLJ, gated_MLJ, gate_ML, *rows, p_GTC, ik_SJ, sum_MPLJ]
   return gpu_call.call(
       functools.partial(_gradients, heads=heads), (len(iq_MLJ), PARTS), arrays,
-      [float32(*sum_MPLJ.shape), float32(p_GCT.shape[1] + 1, ik_SJ.shape[1])], warps=8, stages=2,
+      [float32(*sum_MPLJ.shape), float32(p_GTC.shape[2] + 1, ik_SJ.shape[1])], warps=8, stages=2,
       aliases={len(arrays) - 1: 0})
 
 
 def _gradients(index_ref, word_ref, count_ref, first_ref, start_ref, before_ref, offset_ref, iq_ref, gated_ref,
                gate_ref, index_lse_ref, dkl_ref, p_ref, ik_ref, sum_before_ref, sum_out, dik_out, *, heads):
   m, part = pl.program_id(0), pl.program_id(1)
-  G, room, T = p_ref.shape
+  G, T, room = p_ref.shape
   _, L, J = iq_ref.shape
   size = min(L, ROWS)
   blocks = [pl.ds(l, size) for l in range(0, L, size)]
@@ -164,17 +164,17 @@ def _gradients(index_ref, word_ref, count_ref, first_ref, start_ref, before_ref,
       place_U = places(index_U, i, m, count, offset_ref, before_ref, room)
       ik_UJ, on_UT = ik_ref[index_U], selected(bit_T, word_ref[m, here]).T
       score_UT = sum(scores(dot(ik_UJ, iq_LJ.T), gate_ref[m, b], T) for b, (iq_LJ, _) in zip(blocks, queries))
-      p_UT = sum(p_ref[g, pl.ds(line + i * STEP, STEP)] for g in range(G)) / heads
+      p_TU = sum(p_ref[g, :, pl.ds(line + i * STEP, STEP)] for g in range(G)) / heads
       x_UT = jnp.where(on_UT, score_UT - index_lse_T[None], NEG_INF)
-      dscore_UT = jnp.where(on_UT, jnp.exp(x_UT) - p_UT, 0) * dkl_T[None]
+      dscore_UT = jnp.where(on_UT, jnp.exp(x_UT) - p_TU.T, 0) * dkl_T[None]
       dscore_TU = dscore_UT.astype(ik_UJ.dtype).T
       dscore_LU = jnp.broadcast_to(dscore_TU[None], (size // T, T, STEP)).reshape(size, STEP)
-      dik_UJ, new = jnp.zeros(ik_UJ.shape, jnp.float32), []
+      dik_JU, new = jnp.zeros((J, STEP), jnp.float32), []
       for (iq_LJ, gated_LJ), sum_LJ in zip(queries, sums):
         above_LU = jnp.where(dot(iq_LJ, ik_UJ.T) > 0, dscore_LU, 0)
-        dik_UJ += dot(above_LU.T, gated_LJ)
+        dik_JU += dot(gated_LJ.T, above_LU)
         new.append(sum_LJ + dot(above_LU, ik_UJ))
-      dik_out[place_U] = dik_UJ
+      dik_out[place_U] = dik_JU.T
       return tuple(new)
 
     sums = jax.lax.fori_loop(begin, end, step, tuple(jnp.zeros((size, J), jnp.float32) for _ in blocks))
