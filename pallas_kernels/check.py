@@ -1,4 +1,4 @@
-"""`python -m pallas_kernels.check`: the ops that have kernels, as they run on the devices of this machine, against their
+"""`python -m pallas_kernels.check`: the ops that have kernels, as they run on this machine's devices, against their
 definitions in full precision. On a CPU the tests do more.
 
 Exit code 1 when a row is over its limit. Rows: relative errors (norm of the difference over the norm) of outputs and
@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import dispatch
 from pallas_kernels.dsa_attention import dsa_attention
@@ -97,16 +96,15 @@ def compare(op: str, case: Case, names: tuple[str, ...], make: Callable, argumen
     wanted, right = make(case, 'reference')(*arguments)
   for name, got, want in zip(names, values, wanted):
     yield Found(op, case, name, relative(got, want), LIMIT[case.dtype])
-  differ = np.mean(np.asarray(chosen.last_BT) != np.asarray(right.last_BT))
+  differ = (chosen.last_BT != right.last_BT).mean()
   yield Found(op, case, 'selection', float(differ), SELECTION)
-  equal = all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(jax.tree.leaves((values, chosen)),
-                                                                    jax.tree.leaves(again)))
+  equal = all(bool((a == b).all()) for a, b in zip(jax.tree.leaves((values, chosen)), jax.tree.leaves(again)))
   yield Found(op, case, 'other bits', float(not equal), 0)
 
 
 def relative(got, want) -> float:
-  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-  return float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30))
+  got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+  return float(jnp.linalg.norm(got - want) / jnp.maximum(jnp.linalg.norm(want), 1e-30))
 
 
 def rows(cases: tuple[Case, ...] = CASES) -> Iterator[Found]:
