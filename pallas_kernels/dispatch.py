@@ -6,7 +6,10 @@ import jax
 Implementation = Literal['reference', 'xla', 'tpu', 'gpu']
 
 # Ops that have kernels of their own on a platform; 'reference' and 'xla' exist for every op.
-KERNELS: dict[str, tuple[str, ...]] = {'tpu': ('index_select', 'dsa_attention'), 'gpu': ()}
+KERNELS: dict[str, tuple[str, ...]] = {
+  'tpu': ('index_select', 'dsa_attention'),
+  'gpu': ('index_select', 'dsa_attention', 'dsa_decode'),
+}
 
 
 def platform() -> str:

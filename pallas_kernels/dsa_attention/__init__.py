@@ -5,14 +5,15 @@ B batch, T query time, S key time, H query heads, G KV heads, K head dim, I inde
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.dsa_attention import reference, tpu, xla
+from pallas_kernels.dsa_attention import gpu, reference, tpu, xla
 from pallas_kernels.dsa_attention.output import DSAOutput
 from pallas_kernels.dsa_attention.way import Way, choose
 from pallas_kernels.index_select import Selection
 
 __all__ = ['DSAOutput', 'Selection', 'Way', 'dsa_attention']
 
-IMPLEMENTATIONS = {'reference': reference.dsa_attention, 'xla': xla.dsa_attention, 'tpu': tpu.dsa_attention}
+IMPLEMENTATIONS = {'reference': reference.dsa_attention, 'xla': xla.dsa_attention, 'tpu': tpu.dsa_attention,
+                   'gpu': gpu.dsa_attention}
 
 
 def dsa_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, iq_BTIJ: jax.Array, ik_BSJ: jax.Array,

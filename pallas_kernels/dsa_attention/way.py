@@ -16,8 +16,10 @@ from pallas_kernels.index_select.xla import is_small
 
 Way = Literal['masked_dense', 'gathered']
 
-# Of an implementation. On a TPU the kernels mask whole tiles at every length: see tpu.py for why they do not gather.
-WAYS = {'reference': ('masked_dense',), 'xla': ('masked_dense', 'gathered'), 'tpu': ('masked_dense',)}
+# Of an implementation. Kernels have one way at every length: a TPU issues each copy of a gather, so that theirs mask
+# whole tiles (tpu.py), while a GPU gathers as fast as it reads.
+WAYS = {'reference': ('masked_dense',), 'xla': ('masked_dense', 'gathered'), 'tpu': ('masked_dense',),
+        'gpu': ('gathered',)}
 
 # Keys of a row up to which it is masked whole, over the fewest that a gather takes: topk, or one step of union.attend.
 # By platform; measured on a CPU only (docs/kernels.md).
@@ -27,11 +29,12 @@ CROSSOVER = {'cpu': 2.0}
 def choose(implementation: str, T: int, S: int, topk: int, want_kl: bool, way: Way | None) -> Way:
   """`way`, or when it is None the better one for these shapes. Raises ValueError for one that does not exist."""
   existing = WAYS[implementation]
+  if way is None and len(existing) == 1:
+    return existing[0]
   if way is None:
     crossover = CROSSOVER.get(dispatch.platform(), CROSSOVER['cpu'])
     short = is_small(T, S) or S <= crossover * max(topk, union.GATHER)
-    masked = short or want_kl or 'gathered' not in existing
-    return 'masked_dense' if masked else 'gathered'
+    return 'masked_dense' if short or want_kl else 'gathered'
   if way not in existing:
     raise ValueError(f'dsa_attention: {implementation} has no way {way!r}; use {" or ".join(existing)}')
   return way

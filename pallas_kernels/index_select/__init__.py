@@ -8,13 +8,14 @@ B batch, T query time, S key time, I indexer heads, J indexer head dim.
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.index_select import reference, tpu, xla
+from pallas_kernels.index_select import gpu, reference, tpu, xla
 from pallas_kernels.index_select.selection import Selection, keep_all, selected
 from pallas_kernels.mask import visible
 
 __all__ = ['Selection', 'index_select', 'keep_all', 'select_mask', 'selected']
 
-IMPLEMENTATIONS = {'reference': reference.index_select, 'xla': xla.index_select, 'tpu': tpu.index_select}
+IMPLEMENTATIONS = {'reference': reference.index_select, 'xla': xla.index_select, 'tpu': tpu.index_select,
+                   'gpu': gpu.index_select}
 
 
 def index_select(iq_BTIJ: jax.Array, ik_BSJ: jax.Array, gate_BTI: jax.Array, q_segment_BT: jax.Array,

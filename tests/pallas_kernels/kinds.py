@@ -1,7 +1,7 @@
 """What the tests run: every implementation, and the tiled form of `xla` with tiles small enough for small inputs; of
 sparse attention also with all its keys gathered.
 
-Kernels for TPUs are interpreted, with small tiles too.
+Kernels for TPUs and GPUs are interpreted, with small tiles too.
 
 Letters as in cases.py.
 """
@@ -11,20 +11,26 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tiles, tpu_call
+from pallas_kernels import gpu_call, tiles, tpu_call
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.dense_attention import xla as dense_xla
-from pallas_kernels.dsa_attention import chunks, dsa_attention, union
+from pallas_kernels.dsa_attention import chunks, dsa_attention, gpu_backward, gpu_indexer, gpu_lists, union
+from pallas_kernels.dsa_attention import gpu as dsa_gpu
+from pallas_kernels.index_select import gpu as index_gpu
 from pallas_kernels.index_select import tpu as index_tpu
 from pallas_kernels.index_select import xla as index_xla
 from pallas_kernels.indexer_warmup import indexer_warmup
 
 KINDS = ('reference', 'xla', 'tiles')
-WITH_TPU = (*KINDS, 'tpu')
-SPARSE = (*WITH_TPU, 'gathered')
+WITH_KERNELS = (*KINDS, 'tpu', 'gpu')
+SPARSE = (*WITH_KERNELS, 'gathered')
 SMALL = ((tiles, 'KEYS', 8), (dense_xla, 'SMALL', 4), (dense_xla, 'FEW', 0), (dense_xla, 'QUERY_ROWS', 32),
          (index_xla, 'SMALL', 0), (index_xla, 'QUERIES', 4), (index_xla, 'WIDE', 8), (index_xla, 'LENGTHS', 2),
-         (index_tpu, 'GROUPS', (8,)), (index_tpu, 'MANY', 2), (index_tpu, 'WIDE', 16), (tpu_call, 'INTERPRET', True))
+         (index_tpu, 'GROUPS', (8,)), (index_tpu, 'MANY', 2), (index_tpu, 'WIDE', 16), (tpu_call, 'INTERPRET', True),
+         (index_gpu, 'GROUP', 4), (index_gpu, 'MOST', 16), (index_gpu, 'ROWS', 8), (index_gpu, 'SAMPLE', 16),
+         (index_gpu, 'CANDIDATES', 16), (index_gpu, 'SCAN', 16), (dsa_gpu, 'GATHER', 8), (gpu_lists, 'STEP', 8),
+         (gpu_lists, 'KEYS', 8), (gpu_lists, 'WRITERS', 2), (gpu_indexer, 'PARTS', 2), (gpu_indexer, 'STEP', 8),
+         (gpu_backward, 'STEP', 8), (gpu_backward, 'ROWS', 64), (gpu_call, 'INTERPRET', True))
 GATHER = ((chunks, 'GATHERED', 1e9), (union, 'GATHER', 8))
 
 
@@ -52,7 +58,7 @@ def named(kind: str, fn):
 
 
 def way(kind: str) -> str:
-  return 'gathered' if kind == 'gathered' else 'masked_dense'
+  return 'gathered' if kind in ('gathered', 'gpu') else 'masked_dense'
 
 
 def gradient(kind: str, loss, arguments):

@@ -10,10 +10,10 @@ import pytest
 from pallas_kernels.dsa_attention import dsa_attention
 from pallas_kernels.dsa_decode import Pages, dsa_decode, eight_bits, newest, write, xla
 from pallas_kernels.mask import NEG_INF
-from tests.pallas_kernels import cases, independent
+from tests.pallas_kernels import cases, independent, kinds
 from tests.tolerances import assert_close
 
-KINDS = ('reference', 'xla', 'blocks')       # blocks: xla with blocks of few tokens
+KINDS = ('reference', 'xla', 'blocks', 'gpu')       # blocks: xla with blocks of few tokens; gpu: interpreted
 S, T, A = 24, 3, 4
 SIZE = dict(B=3, T=S, H=4, G=2, K=8, I=2, J=8, layout='one')
 
@@ -53,8 +53,9 @@ def program(kind: str, topk: int):
   def run(q, pages, iq, gate, table, lengths):
     size, xla.BLOCK = xla.BLOCK, 8 if kind == 'blocks' else xla.BLOCK
     try:
-      return dsa_decode(q, pages, iq, gate, table, lengths, topk=topk,
-                        implementation='xla' if kind == 'blocks' else kind)
+      with kinds.small('gpu' if kind == 'gpu' else 'xla'):
+        return dsa_decode(q, pages, iq, gate, table, lengths, topk=topk,
+                          implementation='xla' if kind == 'blocks' else kind)
     finally:
       xla.BLOCK = size
   return jax.jit(run)

@@ -27,7 +27,7 @@ def expected_mask(case, topk):
   return mask
 
 
-@pytest.mark.parametrize('kind', kinds.WITH_TPU)
+@pytest.mark.parametrize('kind', kinds.WITH_KERNELS)
 class TestEveryImplementation:
 
   @pytest.mark.parametrize('topk', [1, 5])

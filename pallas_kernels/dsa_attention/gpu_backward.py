@@ -1,0 +1,102 @@
+"""The backward pass of sparse attention on a GPU, over the keys that groups of 16 neighbouring queries selected.
+
+One kernel goes over the list of a group, gathers keys a step at a time and keeps dq in registers. What a group gives to
+dk and dv of a key can not be added to them there, since groups run at the same time and the order of atomic additions
+is not fixed. It goes into a buffer, one row for each entry of a list, sorted by key and then by group (gpu_lists.py); a
+second kernel adds the rows of a key, in that order, to the float32 carry, and touches no other key. The buffer has room
+for a few lists, so a chunk goes through it in batches, which may end within a list.
+
+T queries of a group, S keys, G KV heads, N stacked queries R * T of a group (pallas_kernels/tiles.py), R query heads of
+a KV head, K head dim, I indexer heads, J indexer head dim, M groups of a chunk, U room for the keys of a group (in a
+kernel: keys of a step), C rows of the buffer.
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels import gpu_call
+from pallas_kernels.dsa_attention import gpu_indexer, gpu_lists
+from pallas_kernels.dsa_attention.gpu_indexer import LOG2E, float32, head_sum
+from pallas_kernels.dsa_attention.gpu_lists import STEP, dot, in_list, own_steps, selected
+
+ROWS = 2**18           # of the buffer: at 4 KV heads of 128 1 GiB, and lists of 8192 keys for all cores of an H100
+
+
+def gradients(scale: float, heads: int, want_kl: bool, lists, q_MGNK, do_MGNK, lse_MGN, delta_MGN, iq_MITJ, gate_MTI,
+              index_lse_MT, dkl_MT, k_SGK, v_SGK, ik_SJ, carry):
+  """(carry (dk_SGK, dv_SGK, dik_SJ) with this chunk's part added, (dq_MGNK, diq_MITJ, dgate_MTI)), float32.
+
+  lists: (index_MU, word_MU, count_M), the keys that a group selected, the queries that did as bits, how many keys; U is
+  a multiple of STEP and entries beyond count_M are 0. Without want_kl the gradients of the indexer are 0.
+  """
+  index_MU, _, count_M = lists
+  (M, G, N, K), S, T = q_MGNK.shape, len(k_SGK), gate_MTI.shape[1]
+  room = min(ROWS, index_MU.size)
+  inverse = gpu_lists.invert(index_MU, count_M, S)
+  queries = gpu_indexer.Queries(*gpu_indexer.stack(iq_MITJ, gate_MTI), index_lse_MT, dkl_MT)
+
+  def one(state):
+    first, dq_MGNK, sums, dkeys = state
+    span = gpu_lists.batch(inverse, first, room)
+    arrays = [*lists, *span[:-1], q_MGNK, do_MGNK, lse_MGN, delta_MGN, k_SGK, v_SGK, dq_MGNK]
+    dq_MGNK, dk_CGK, dv_CGK, p_GCT = gpu_call.call(
+        functools.partial(_gradients, scale=scale, T=T), (M, G), arrays,
+        [float32(M, G, N, K), float32(room, G, K), float32(room, G, K), float32(G, room, T)], warps=8, stages=2,
+        aliases={len(arrays) - 1: 0})
+    rows = [dk_CGK, dv_CGK]
+    if want_kl:
+      sums, dik_CJ = gpu_indexer.gradients(heads, lists, span, queries, p_GCT, ik_SJ, sums)
+      rows.append(dik_CJ)
+    n = len(rows)
+    added = gpu_call.call(_add, (S,), [span.offset_S, span.total_S, *rows, *dkeys[:n]],
+                          [float32(*x.shape) for x in dkeys[:n]], warps=4, stages=1,
+                          aliases={2 + n + i: i for i in range(n)})
+    return first + room, dq_MGNK, sums, (*added, *dkeys[n:])
+
+  start = jnp.int32(0), jnp.zeros((M, G, N, K)), gpu_indexer.zeros(queries), tuple(carry)
+  _, dq_MGNK, sums, dkeys = jax.lax.while_loop(lambda state: state[0] < inverse.length, one, start)
+  return dkeys, (dq_MGNK, *gpu_indexer.unstack(sums, T))
+
+
+def _gradients(index_ref, word_ref, count_ref, first_ref, start_ref, before_ref, offset_ref, q_ref, do_ref, lse_ref,
+               delta_ref, k_ref, v_ref, dq_before_ref, dq_out, dk_out, dv_out, p_out, *, scale, T):
+  m, g = pl.program_id(0), pl.program_id(1)
+  line, count = start_ref[m] - first_ref[0], count_ref[m]
+  begin, end = own_steps(first_ref[0], len(dk_out), start_ref[m], count)
+
+  @pl.when(begin < end)
+  def _():
+    q_NK, do_NK, lse_N, delta_N = q_ref[m, g], do_ref[m, g], lse_ref[m, g] * LOG2E, delta_ref[m, g]
+    bit_N = jnp.arange(len(q_NK), dtype=jnp.int32) % T
+
+    def step(i, dq_NK):
+      here = pl.ds(i * STEP, STEP)
+      index_U, on_UN = index_ref[m, here], selected(word_ref[m, here], bit_N)
+      place_U, mask_U1 = offset_ref[index_U] + before_ref[m, index_U], in_list(i, count)[:, None]
+      k_UK, v_UK = k_ref[index_U, g], v_ref[index_U, g]
+      x_UN = dot(k_UK, q_NK.T) * (scale * LOG2E)
+      p_UN = jnp.where(on_UN, jnp.exp2(x_UN - lse_N[None]), 0)
+      dx_UN = (p_UN * (dot(v_UK, do_NK.T) - delta_N[None])).astype(k_UK.dtype)
+      here_UK = place_U[:, None], g, jnp.arange(k_UK.shape[1], dtype=jnp.int32)[None]
+      gpu_call.store(dv_out, here_UK, dot(p_UN.astype(v_UK.dtype), do_NK), mask_U1)
+      gpu_call.store(dk_out, here_UK, dot(dx_UN, q_NK) * scale, mask_U1)
+      p_out[g, pl.ds(line + i * STEP, STEP)] = head_sum(p_UN, T)
+      return dq_NK + dot(dx_UN.T, k_UK)
+
+    dq_NK = jax.lax.fori_loop(begin, end, step, jnp.zeros(q_NK.shape, jnp.float32))
+    dq_out[m, g] = dq_before_ref[m, g] + dq_NK * scale
+
+
+def _add(offset_ref, total_ref, *refs):
+  """Adds the rows of a key: refs are buffers, sums before and, the same memory, sums."""
+  s, n = pl.program_id(0), len(refs) // 3
+  offset, total = offset_ref[s], total_ref[s]
+
+  @pl.when(total > 0)
+  def _():
+    step = lambda c, sums: tuple(x + rows[offset + c] for x, rows in zip(sums, refs[:n]))
+    sums = jax.lax.fori_loop(0, total, step, tuple(before[s] for before in refs[n:2 * n]))
+    for out, x in zip(refs[2 * n:], sums):
+      out[s] = x

@@ -1,0 +1,171 @@
+"""The indexer's loss of sparse attention on a GPU, over the keys that groups of 16 neighbouring queries selected.
+
+The target of a query is the mean of the attention probabilities of all its heads, so the loss is a pass of its own once
+lse is known. The backward pass gets the probabilities from that of attention (gpu_backward.py). A list is gone over in
+PARTS parts at the same time, whose sums are joined afterwards in a fixed order.
+
+T queries of a group, S keys, G KV heads, N stacked queries R * T of a group (pallas_kernels/tiles.py), K head dim,
+I indexer heads, J indexer head dim, L stacked index queries I * T of a group, heads major, M groups of a chunk, U keys
+of a step, C rows of the buffer of a batch, P parts.
+"""
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels import gpu_call
+from pallas_kernels.dsa_attention.gpu_lists import STEP, Batch, dot, in_list, own_steps, selected
+from pallas_kernels.indexer_warmup.xla import kl_end
+from pallas_kernels.mask import NEG_INF
+
+PARTS = 4
+LOG2E = 1.4426950408889634
+
+
+class Queries(NamedTuple):
+  """What the gradients of the indexer need of the queries of a chunk."""
+  iq_MLJ: jax.Array
+  gate_ML: jax.Array
+  index_lse_MT: jax.Array
+  dkl_MT: jax.Array
+
+
+def stack(iq_MITJ, gate_MTI) -> tuple[jax.Array, jax.Array]:
+  M, I, T, J = iq_MITJ.shape
+  return iq_MITJ.reshape(M, I * T, J), gate_MTI.astype(jnp.float32).swapaxes(1, 2).reshape(M, I * T)
+
+
+def float32(*shape: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def indexer_loss(scale: float, heads: int, lists, q_MGNK, lse_MGN, iq_MITJ, gate_MTI, k_SGK,
+                 ik_SJ) -> tuple[jax.Array, jax.Array]:
+  """(KL(p || softmax of the scores) over the selected keys, log-sum-exp of their scores), both [M, T].
+
+  lists: (index_MU, word_MU, count_M), the keys that a group selected, the queries that did as bits, how many keys; U is
+  a multiple of STEP and entries beyond count_M are 0.
+  """
+  M, T, _ = gate_MTI.shape
+  state = float32(M, PARTS, T)
+  parts = gpu_call.call(
+      functools.partial(_loss, scale=scale, heads=heads, T=T), (M, PARTS),
+      [*lists, q_MGNK, lse_MGN, *stack(iq_MITJ, gate_MTI), k_SGK, ik_SJ], [state] * 4, warps=8, stages=2)
+  m_MPT, l_MPT, part_MPT, mass_MPT = parts
+  m_MT = m_MPT.max(1)
+  l_MT = (l_MPT * jnp.exp(m_MPT - m_MT[:, None])).sum(1)
+  kl, lse = kl_end([x.reshape(-1, 1) for x in (m_MT, l_MT, part_MPT.sum(1), mass_MPT.sum(1))])
+  return kl.reshape(M, T), lse.reshape(M, T)
+
+
+def own_part(begin, end):
+  """The steps of this part of those from `begin` to `end`."""
+  steps, p, P = end - begin, pl.program_id(1), pl.num_programs(1)
+  return begin + steps * p // P, begin + steps * (p + 1) // P
+
+
+def head_sum(x_UN, T: int) -> jax.Array:
+  U, N = x_UN.shape
+  return x_UN.reshape(U, N // T, T).sum(1)
+
+
+def scores(z_UL, gate_L, T: int) -> jax.Array:
+  score_UT = head_sum(jnp.maximum(z_UL, 0) * gate_L[None], T)
+  return jnp.where(score_UT == 0, 0.0, score_UT)
+
+
+def _loss(index_ref, word_ref, count_ref, q_ref, lse_ref, iq_ref, gate_ref, k_ref, ik_ref, m_out, l_out, part_out,
+          mass_out, *, scale, heads, T):
+  m, part = pl.program_id(0), pl.program_id(1)
+  G = q_ref.shape[1]
+  bit_T, iq_LJ, gate_L = jnp.arange(T, dtype=jnp.int32), iq_ref[m], gate_ref[m]
+
+  def step(i, state):
+    m_T, l_T, part_T, mass_T = state
+    here = pl.ds(i * STEP, STEP)
+    index_U = index_ref[m, here]
+    on_UT = selected(word_ref[m, here], bit_T)
+    score_UT = scores(dot(ik_ref[index_U], iq_LJ.T), gate_L, T)
+
+    def add(g, p_UT):
+      x_UN = dot(k_ref[index_U, g], q_ref[m, g].T) * (scale * LOG2E)
+      return p_UT + head_sum(jnp.exp2(x_UN - lse_ref[m, g][None] * LOG2E), T)
+
+    p_UT = jax.lax.fori_loop(0, G, add, jnp.zeros((STEP, T), jnp.float32))
+    p_UT = jnp.where(on_UT, p_UT / heads, 0)
+    x_UT = jnp.where(on_UT, score_UT, NEG_INF)
+    new_T = jnp.maximum(m_T, x_UT.max(0))
+    l_T = l_T * jnp.exp(m_T - new_T) + jnp.where(on_UT, jnp.exp(x_UT - new_T[None]), 0).sum(0)
+    cross_UT = jnp.where(p_UT > 0, p_UT * (jnp.log(jnp.where(p_UT > 0, p_UT, 1)) - score_UT), 0)
+    return new_T, l_T, part_T + cross_UT.sum(0), mass_T + p_UT.sum(0)
+
+  zeros_T = jnp.zeros(T, jnp.float32)
+  init = jnp.full(T, NEG_INF, jnp.float32), zeros_T, zeros_T, zeros_T
+  state = jax.lax.fori_loop(*own_part(0, pl.cdiv(count_ref[m], STEP)), step, init)
+  for out, x_T in zip((m_out, l_out, part_out, mass_out), state):
+    out[m, part] = x_T
+
+
+def zeros(queries: Queries) -> tuple[jax.Array, jax.Array]:
+  """Sums of the parts to begin with: (diq_MPLJ, dgate_MPL)."""
+  M, L, J = queries.iq_MLJ.shape
+  return jnp.zeros((M, PARTS, L, J)), jnp.zeros((M, PARTS, L))
+
+
+def unstack(sums, T: int) -> tuple[jax.Array, jax.Array]:
+  """(diq_MITJ, dgate_MTI) from the sums of the parts."""
+  diq_MLJ, dgate_ML = (x.sum(1) for x in sums)
+  M, L, J = diq_MLJ.shape
+  return diq_MLJ.reshape(M, L // T, T, J), dgate_ML.reshape(M, L // T, T).swapaxes(1, 2)
+
+
+def gradients(heads: int, lists, span: Batch, queries: Queries, p_GCT, ik_SJ, sums):
+  """(sums with those of a batch added, what its entries give to dik [C, J] in the order of its buffer).
+
+  p: attention probabilities summed over the heads of a KV head, in the order of the line of lists; there are `heads`
+  of all. The gradient of a score is (softmax of the scores - p) * dkl.
+  """
+  M, _, J = queries.iq_MLJ.shape
+  arrays = [*lists, *span[:-1], *queries, p_GCT, ik_SJ, *sums]
+  *sums, dik_CJ = gpu_call.call(
+      functools.partial(_gradients, heads=heads), (M, PARTS), arrays,
+      [*(float32(*x.shape) for x in sums), float32(p_GCT.shape[1], J)], warps=8, stages=2,
+      aliases={len(arrays) - 2: 0, len(arrays) - 1: 1})
+  return tuple(sums), dik_CJ
+
+
+def _gradients(index_ref, word_ref, count_ref, first_ref, start_ref, before_ref, offset_ref, iq_ref, gate_ref,
+               index_lse_ref, dkl_ref, p_ref, ik_ref, diq_before_ref, dgate_before_ref, diq_out, dgate_out, dik_out, *,
+               heads):
+  m, part = pl.program_id(0), pl.program_id(1)
+  G, room, T = p_ref.shape
+  _, L, J = iq_ref.shape
+  line, count = start_ref[m] - first_ref[0], count_ref[m]
+  begin, end = own_part(*own_steps(first_ref[0], room, start_ref[m], count))
+
+  @pl.when(begin < end)
+  def _():
+    bit_T, iq_LJ, gate_L = jnp.arange(T, dtype=jnp.int32), iq_ref[m], gate_ref[m]
+    index_lse_T, dkl_T = index_lse_ref[m], dkl_ref[m]
+
+    def step(i, state):
+      diq_LJ, dgate_L = state
+      here = pl.ds(i * STEP, STEP)
+      index_U = index_ref[m, here]
+      place_U = offset_ref[index_U] + before_ref[m, index_U]
+      ik_UJ, on_UT = ik_ref[index_U], selected(word_ref[m, here], bit_T)
+      z_UL = dot(ik_UJ, iq_LJ.T)
+      p_UT = sum(p_ref[g, pl.ds(line + i * STEP, STEP)] for g in range(G)) / heads
+      x_UT = jnp.where(on_UT, scores(z_UL, gate_L, T) - index_lse_T[None], NEG_INF)
+      dscore_UT = jnp.where(on_UT, jnp.exp(x_UT) - p_UT, 0) * dkl_T[None]
+      dscore_UL = jnp.broadcast_to(dscore_UT[:, None], (STEP, L // T, T)).reshape(STEP, L)
+      dz_UL = jnp.where(z_UL > 0, dscore_UL * gate_L[None], 0).astype(ik_UJ.dtype)
+      gpu_call.store(dik_out, (place_U[:, None], jnp.arange(J, dtype=jnp.int32)[None]), dot(dz_UL, iq_LJ),
+                     in_list(i, count)[:, None])
+      return diq_LJ + dot(dz_UL.T, ik_UJ), dgate_L + (jnp.maximum(z_UL, 0) * dscore_UL).sum(0)
+
+    diq_LJ, dgate_L = jax.lax.fori_loop(begin, end, step, (jnp.zeros((L, J), jnp.float32), jnp.zeros(L, jnp.float32)))
+    diq_out[m, part] = diq_before_ref[m, part] + diq_LJ
+    dgate_out[m, part] = dgate_before_ref[m, part] + dgate_L

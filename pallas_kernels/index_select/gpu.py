@@ -1,0 +1,289 @@
+"""Index scores and top-k on a GPU, exactly and without a sort.
+
+A chunk of queries is scored against the key tiles that it meets into one buffer in device memory, as integers in the
+order of the scores. The threshold of a row is found in two kernels. The first takes a value that surely lies below it
+from a sample of the row, and copies the keys from there on, a few times topk, into a short list. The second bisects
+that list, or the whole row when the list turned out too short or too long (many equal scores, a row like none before).
+Either way the result is that of a full sort. A third kernel turns scores and thresholds into words of bits.
+
+T queries of a chunk, S keys of a tile, P key tiles, N keys of all tiles, C candidates, I indexer heads, J indexer head
+dim, M groups of a chunk.
+"""
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from pallas_kernels import gpu_call, tiles
+from pallas_kernels.index_select import search
+from pallas_kernels.index_select.selection import MAX_ORDER, Selection, keep_all
+from pallas_kernels.mask import visible
+
+GROUP = 16                 # queries whose selections are one word of bits
+ROOM = 2**30               # bytes of the buffer of scores
+MOST = 4096                # queries of a chunk
+ROWS = 64                  # queries of a program that scores
+SAMPLE = 4096              # scores of a row that are sampled
+CANDIDATES = 8192          # room for those from the lower bound on
+SCAN = 2048                # scores of a step over a row
+STEPS = 24                 # halvings of the range of keys in a sample, which leave 256 of 2**32 apart
+
+MASKED = -2**31            # below the key of every score, -inf included
+LOW, HIGH = -0x7f800000, 0x7f800001        # keys of the least finite score, and of more than any
+KEEP_ALL = LOW - 1                         # key of -inf
+
+
+class Tiles(NamedTuple):
+  """The key tiles that queries meet, in front, and what breaks ties in them."""
+  order_PS: jax.Array
+  tile_P: jax.Array
+  count_M: jax.Array          # for each group: how many those are
+
+
+class Chunk(NamedTuple):
+  """Index queries of a chunk, and with a leading C of all chunks of a row."""
+  iq_ITJ: jax.Array
+  gate_IT: jax.Array          # float32
+  segment_T: jax.Array
+  order_T: jax.Array
+  tile_P: jax.Array
+  count_M: jax.Array
+
+
+class Keys(NamedTuple):
+  """Index keys of a row."""
+  ik_PSJ: jax.Array
+  segment_PS: jax.Array
+  order_PS: jax.Array
+
+
+def chunk_size(T: int, S: int) -> int:
+  """Queries of a chunk, a multiple of a group: as many as have room."""
+  fit = max(min(ROOM // (4 * S), MOST) // ROWS * ROWS, ROWS)
+  return min(fit, -(-T // GROUP) * GROUP)
+
+
+def meet(chunk: Chunk, keys: Keys) -> Tiles:
+  return Tiles(keys.order_PS, chunk.tile_P, chunk.count_M)
+
+
+def scores(chunk: Chunk, keys: Keys) -> jax.Array:
+  """int32 [T, N]: keys of the scores, tiles in the order of tile_P; those behind its front are not written."""
+  T, (P, S) = chunk.iq_ITJ.shape[1], keys.order_PS.shape
+  rows = min(ROWS, T & -T)
+  return gpu_call.call(functools.partial(_scores, rows=rows), (T // rows, P), [*chunk[:4], *keys, *chunk[4:]],
+                       [jax.ShapeDtypeStruct((T, buffer_width(P * S)), jnp.int32)], warps=8, stages=3)[0]
+
+
+def buffer_width(N: int) -> int:
+  """Scores of a row that there is room for: whole steps of a scan."""
+  return -(-N // SCAN) * SCAN
+
+
+def _scores(iq_ref, gate_ref, q_segment_ref, q_order_ref, ik_ref, k_segment_ref, k_order_ref, tile_ref, count_ref,
+            key_ref, *, rows):
+  t, n = pl.program_id(0) * rows, pl.program_id(1)
+  S = ik_ref.shape[1]
+  queries = pl.ds(t, rows)
+
+  @pl.when(n < count_ref[0])
+  def _():
+    p = tile_ref[n]
+    ik_SJ = ik_ref[p]
+
+    def add(i, score_TS):
+      z_TS = dot(iq_ref[i, queries], ik_SJ.T)
+      return score_TS + jnp.maximum(z_TS, 0) * gate_ref[i, queries][:, None]
+
+    score_TS = jax.lax.fori_loop(0, iq_ref.shape[0], add, jnp.zeros((rows, S), jnp.float32))
+    mask_TS = visible(q_segment_ref[queries][:, None], k_segment_ref[p][None], q_order_ref[queries][:, None],
+                      k_order_ref[p][None], causal=True)
+    key_TS = search.key(jnp.where(score_TS == 0, 0.0, score_TS))
+    key_ref[queries, pl.ds(n * S, S)] = jnp.where(mask_TS, key_TS, MASKED)
+
+
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+  """Matrix product with float32 accumulation; of float32 arrays in full precision."""
+  return jnp.dot(a, b, precision='highest' if a.dtype == jnp.float32 else None, preferred_element_type=jnp.float32)
+
+
+def kth(key_TN: jax.Array, met: Tiles, topk: int) -> tuple[jax.Array, jax.Array]:
+  """(key_T, last_T): key of the threshold and order of the last key kept at it, from `scores`."""
+  T, S = len(key_TN), met.order_PS.shape[1]
+  int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+  length_T = jnp.repeat(met.count_M * S, T // len(met.count_M))
+  key_TC, place_TC, found_T, visible_T = gpu_call.call(
+      functools.partial(_candidates, topk=topk, S=S), (T,), [key_TN, length_T],
+      [int32(T, CANDIDATES), int32(T, CANDIDATES), int32(T), int32(T)], warps=8, stages=2)
+  return tuple(gpu_call.call(
+      functools.partial(_kth, topk=topk), (T,),
+      [key_TN, length_T, met.order_PS, met.tile_P, key_TC, place_TC, found_T, visible_T], [int32(T), int32(T)],
+      warps=8, stages=2))
+
+
+def _candidates(key_ref, length_ref, key_out, place_out, found_out, visible_out, *, topk, S):
+  """Keys and places in the row of the scores from a lower bound of the threshold on, how many there are, and how many
+  keys are visible."""
+  t = pl.program_id(0)
+  length = length_ref[t]
+  low = jnp.where(length > CANDIDATES, lower_bound(key_ref, t, length, topk, S), MASKED + 1)
+
+  def scan(n, state):
+    found, seen_S = state
+    x, place = part(key_ref, t, n, length)
+    rank = found + jnp.cumsum((x >= low).astype(jnp.int32)) - 1
+    flag = (x >= low) & (rank < CANDIDATES)
+    gpu_call.store(key_out, (t, rank), x, flag)
+    gpu_call.store(place_out, (t, rank), place, flag)
+    return found + count(x >= low), seen_S + (x > MASKED).astype(jnp.int32)
+
+  found, seen_S = jax.lax.fori_loop(0, pl.cdiv(length, SCAN), scan, (jnp.int32(0), jnp.zeros(SCAN, jnp.int32)))
+  found_out[t], visible_out[t] = found, seen_S.sum()
+
+
+def part(key_ref, t, n, length):
+  """(keys, places) of step n over a row."""
+  place = n * SCAN + jnp.arange(SCAN, dtype=jnp.int32)
+  return triton.load(key_ref.at[t, pl.ds(n * SCAN, SCAN)], mask=place < length, other=MASKED), place
+
+
+def count(flag: jax.Array) -> jax.Array:
+  return jnp.sum(flag.astype(jnp.int32))
+
+
+def lower_bound(key_ref, t, length, topk, S):
+  """A key that at least topk scores of the row reach, but for one row in a billion: that of the sample whose rank is
+  six standard deviations beyond the expected one."""
+  x = key_ref[t, jnp.arange(SAMPLE, dtype=jnp.int32) * (length // S) // (SAMPLE // S)]
+  expected = topk * SAMPLE / jnp.maximum(length, 1).astype(jnp.float32)
+  rank = (expected + 6 * jnp.sqrt(expected)).astype(jnp.int32) + 1
+
+  def halve(_, state):
+    low, high = state
+    middle = search.halfway(low, high)
+    up = count(x >= middle) >= rank
+    return jnp.where(up, middle, low), jnp.where(up, high, middle)
+
+  return jax.lax.fori_loop(0, STEPS, halve, (jnp.int32(MASKED + 1), jnp.int32(HIGH)))[0]
+
+
+def _kth(key_ref, length_ref, order_ref, tile_ref, key_candidates, place_candidates, found_ref, visible_ref, key_out,
+         last_out, *, topk):
+  t = pl.program_id(0)
+  length = length_ref[t]
+  found, S = found_ref[t], order_ref.shape[1]
+  every = visible_ref[t] <= topk
+
+  def order(place, flag):
+    tile = triton.load(tile_ref.at[place // S], mask=flag, other=0)
+    return triton.load(order_ref.at[tile, place % S], mask=flag, other=0)
+
+  def among_candidates():
+    n = jnp.arange(CANDIDATES, dtype=jnp.int32)
+    x = triton.load(key_candidates.at[t, pl.ds(0, CANDIDATES)], mask=n < found, other=MASKED)
+    place = triton.load(place_candidates.at[t, pl.ds(0, CANDIDATES)], mask=n < found, other=0)
+    return bisect(lambda fn: fn(x, place).sum(), lambda fn: fn(x, place).max(), order, topk)
+
+  def in_row():
+    def fold(fn, combine, start):
+      step = lambda n, state: combine(state, fn(*part(key_ref, t, n, length)))
+      return jax.lax.fori_loop(0, pl.cdiv(length, SCAN), step, jnp.full(SCAN, start, jnp.int32))
+    return bisect(lambda fn: fold(fn, jnp.add, 0).sum(), lambda fn: fold(fn, jnp.maximum, -2**31).max(), order, topk)
+
+  short = every | (found >= topk) & (found <= CANDIDATES)
+  key, last = jax.lax.cond(short, among_candidates, in_row)
+  key_out[t], last_out[t] = jnp.where(every, KEEP_ALL, key), jnp.where(every, MAX_ORDER, last)
+
+
+def bisect(total: Callable, most: Callable, order: Callable, k: int):
+  """(key, last) of the k-th entry by (key descending, order ascending) of more than k.
+
+  total(fn) and most(fn) are the sum and the maximum of the int32 fn(keys, places) over all entries; order(places, flag)
+  are the orders where flag is True.
+  """
+  how_many = lambda flag: total(lambda x, place: flag(x, place).astype(jnp.int32))
+
+  def narrow(state):
+    low, high, n = state                  # at least k entries from `low` on, n of them, and fewer from `high` on
+    middle = search.halfway(low, high)
+    c = how_many(lambda x, _: x >= middle)
+    up = c >= k
+    return jnp.where(up, middle, low), jnp.where(up, high, middle), jnp.where(up, c, n)
+
+  start = jnp.int32(LOW), jnp.int32(HIGH), jnp.int32(MAX_ORDER)
+  low, _, n = jax.lax.while_loop(lambda s: (s[2] > k) & (s[1] - 1 > s[0]), narrow, start)
+  key = -most(lambda x, _: jnp.where(x >= low, -x, -MAX_ORDER))
+  last = most(lambda x, place: jnp.where(x == key, order(place, x == key), -1))
+  places = k - how_many(lambda x, _: x > key)
+
+  def halve(state):
+    low, high = state                     # too few are kept up to `low`, enough up to `high`
+    middle = search.halfway(low, high)
+    enough = how_many(lambda x, place: (x == key) & (order(place, x == key) <= middle)) >= places
+    return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+  start = jnp.where(n > k, -1, last - 1), last                     # orders are not negative
+  return key, jax.lax.while_loop(lambda s: s[1] - 1 > s[0], halve, start)[1]
+
+
+def words(key_TN: jax.Array, key_T: jax.Array, last_T: jax.Array, met: Tiles) -> tuple[jax.Array, jax.Array]:
+  """(word_MN, number_MP): one word of bits for each key and group of queries, bit t for query t, tiles in the order of
+  tile_P; how many words of a tile are not 0. Words of tiles behind the front are not written."""
+  (T, N), M, P = key_TN.shape, len(met.count_M), len(met.tile_P)
+  return tuple(gpu_call.call(
+      functools.partial(_words, group=T // M), (M, P), [key_TN, key_T, last_T, *met],
+      [jax.ShapeDtypeStruct((M, N), jnp.int32), jax.ShapeDtypeStruct((M, P), jnp.int32)], warps=4, stages=2))
+
+
+def _words(key_ref, threshold_ref, last_ref, order_ref, tile_ref, count_ref, word_out, number_out, *, group):
+  m, n = pl.program_id(0), pl.program_id(1)
+  S = order_ref.shape[1]
+  queries, keys = pl.ds(m * group, group), pl.ds(n * S, S)
+  number_out[m, n] = 0
+
+  @pl.when(n < count_ref[m])
+  def _():
+    x_TS, threshold_T1 = key_ref[queries, keys], threshold_ref[queries][:, None]
+    tied_TS = (x_TS == threshold_T1) & (order_ref[tile_ref[n]][None] <= last_ref[queries][:, None])
+    kept_TS = (x_TS > MASKED) & ((x_TS > threshold_T1) | tied_TS)
+    bit_T1 = jnp.left_shift(1, jnp.arange(group, dtype=jnp.int32))[:, None]
+    word_S = jnp.where(kept_TS, bit_T1, 0).sum(0)
+    word_out[m, keys] = word_S
+    number_out[m, n] = count(word_S != 0)
+
+
+def cut(iq_ITJ, ik_SJ, gate_TI, q_segment_T, k_segment_S, q_order_T, k_order_S) -> tuple[Chunk, Keys]:
+  """The chunks of a row and their keys. Of heads and of features there are powers of two; those added are 0."""
+  (I, T, J), S = iq_ITJ.shape, len(k_order_S)
+  size = chunk_size(T, S)
+  heads, width = gpu_call.ceil_pow2(I), max(gpu_call.ceil_pow2(J), gpu_call.SMALLEST)
+  iq_ITJ, ik_SJ = tiles.pad(tiles.pad(iq_ITJ, 2, width), 0, heads), tiles.pad(ik_SJ, 1, width)
+  gate_IT = tiles.pad(gate_TI.astype(jnp.float32).T, 0, heads)
+  key_tiles = lambda x, value=0: tiles.cut(tiles.pad(x, 0, tiles.KEYS, value), 0, tiles.KEYS)
+  chunks = lambda x, axis=0, value=0: tiles.cut(tiles.pad(x, axis, size, value), axis, size)
+  segment_CT, order_CT = chunks(q_segment_T, 0, tiles.QUERY_PAD), chunks(q_order_T)
+  keys = Keys(key_tiles(ik_SJ), key_tiles(k_segment_S, tiles.KEY_PAD), key_tiles(k_order_S))
+  tile_CP, count_C = tiles.front(tiles.meeting(segment_CT, keys.segment_PS, order_CT, keys.order_PS, causal=True))
+  count_CM = jnp.repeat(count_C[:, None], size // GROUP, 1)
+  return Chunk(chunks(iq_ITJ, 1), chunks(gate_IT, 1), segment_CT, order_CT, tile_CP,
+               count_CM), keys
+
+
+def index_select(iq_BTIJ, ik_BSJ, gate_BTI, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, *, topk) -> Selection:
+  B, T, _, _ = iq_BTIJ.shape
+  if topk >= ik_BSJ.shape[1]:
+    return keep_all((B, T))
+  return Selection(*tiles.over_rows(functools.partial(select_row, topk), (
+      iq_BTIJ.swapaxes(1, 2), ik_BSJ, gate_BTI, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS), loop=True))
+
+
+def select_row(topk, *arrays):
+  """(threshold_T, last_T) of a row."""
+  chunks, keys = cut(*arrays)
+  key_CT, last_CT = jax.lax.map(lambda chunk: kth(scores(chunk, keys), meet(chunk, keys), topk), chunks)
+  T = arrays[0].shape[1]
+  return search.value(key_CT.reshape(-1)[:T]), last_CT.reshape(-1)[:T]
