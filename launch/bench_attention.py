@@ -47,7 +47,7 @@ from launch import bench_attention_parts as parts
 from launch import bench_attention_peers as peers
 from launch import bench_attention_settings as settings
 from launch import bench_roofline, bench_rounds
-from launch.bench_attention_compile import Made, compiled, key
+from launch.bench_attention_compile import Made, compiled, first_lines, key
 from launch.bench_attention_parts import Shape
 from launch.bench_attention_record import record, table
 from launch.bench_attention_settings import KINDS, UNIONS, Cell, Part, Setting
@@ -116,23 +116,27 @@ def measure_cell(shape: Shape, cell: Cell, setting: Setting, made: Made, roof: b
   about = {'phase': cell.phase, 'direction': cell.direction, 'tokens': cell.tokens, 'batch': cell.batch,
            'union': cell.union}
   names = settings.parts(setting, cell)
-  failed = lambda names, e: [{**about, 'part': name, 'error': first_lines(e)} for name in names]
+  failed = lambda names, why: [{**about, 'part': name, 'error': why} for name in names]
   try:
     x, u = prepared(shape, cell, setting, names)
   except Exception as e:
-    return failed(names, e)
+    return failed(names, first_lines(e))
   a, rows, programs, calls, once, ends = parts.arguments(x, cell.direction), [], {}, {}, 0.0, {}
   for name in names:
+    program = made[key(cell, name)]
+    if isinstance(program, str):
+      rows += failed([name], program)
+      continue
     try:
-      seconds, out = warm(made[key(cell, name)], a, setting.shortest)
+      seconds, out = warm(program, a, setting.shortest)
     except Exception as e:
-      rows += failed([name], e)
+      rows += failed([name], first_lines(e))
       continue
     if cell[:2] == ('prefill', 'forward') and name in ('sparse', 'reference'):
       ends[name] = out[:, -parts.CHECKED:]
     del out
     if name != 'reference':
-      programs[name], calls[name] = made[key(cell, name)], max(int(setting.shortest / max(seconds, 1e-6)), 1)
+      programs[name], calls[name] = program, max(int(setting.shortest / max(seconds, 1e-6)), 1)
       once += seconds * calls[name]
   count = int(min(rounds, max(2, setting.longest / max(once, 1e-6))))
   say(f'{settings.title(cell)}: u = {u:.2f}, about {once * count:.0f} s')
@@ -140,7 +144,7 @@ def measure_cell(shape: Shape, cell: Cell, setting: Setting, made: Made, roof: b
   try:
     found = bench_rounds.alternate(sides, probe() if setting.watched else None, count)
   except Exception as e:
-    return rows + failed(programs, e)
+    return rows + failed(programs, first_lines(e))
   width = jnp.dtype(setting.dtype).itemsize
   for name, seconds in parts.differences(found.seconds).items():
     need = parts.work(shape, cell.tokens, Part(cell.phase, cell.direction, name), u, cell.batch, width)
@@ -164,21 +168,13 @@ def prepared(shape: Shape, cell: Cell, setting: Setting, names: Sequence[str]) -
   return parts.prepare(shape, cell, names, x), u
 
 
-def warm(program: Callable | Exception, a: tuple, shortest: float) -> tuple[float, jax.Array]:
-  """(seconds, result) of the first call; where calls are counted by them, of the second."""
-  if isinstance(program, Exception):
-    raise program
+def warm(program: Callable, a: tuple, shortest: float) -> tuple[float, jax.Array]:
+  """(seconds, result) of the first call; of the second, where a program is short and calls are counted by them."""
   seconds, out = timed(program, *a)
-  return timed(program, *a) if shortest else (seconds, out)
+  return timed(program, *a) if seconds < 20 * shortest else (seconds, out)
 
 
 def off(sparse: jax.Array, reference: jax.Array) -> float:
   """Norm of the difference over the norm."""
   sparse, reference = sparse.astype(jnp.float32), reference.astype(jnp.float32)
   return float(jnp.linalg.norm((sparse - reference).reshape(-1)) / jnp.linalg.norm(reference.reshape(-1)))
-
-
-def first_lines(error: Exception) -> str:
-  """The error in one line: a compiler appends its whole allocation table."""
-  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-  return f'{type(error).__name__}: {" ".join(lines[:3])}'[:300]

@@ -10,8 +10,9 @@ from launch import bench_attention_settings as settings
 from launch.bench_attention_parts import Shape
 from launch.bench_attention_settings import Cell, Setting
 
-Made = dict[tuple, Callable | Exception]
+Made = dict[tuple, Callable | str]          # a program, or why there is none
 SHARE = 0.4            # of the time that is left, after which what is not compiled is given up
+LATE = 'it was not compiled in time'
 
 
 def key(cell: Cell, name: str) -> tuple:
@@ -21,8 +22,8 @@ def key(cell: Cell, name: str) -> tuple:
 
 def compiled(shape: Shape, cells: Sequence[Cell], setting: Setting, say: Callable[[str], None],
              until: float = float('inf'), have: Mapping = {}) -> Made:
-  """The programs of the cells, in their order, but for those we have. One that fails is its exception, and so is one
-  that is not done when SHARE of the time until `until` (on the monotonic clock) has passed."""
+  """The programs of the cells, in their order, but for those we have. One that fails is its error, and so is one that
+  is not done when SHARE of the time until `until` (on the monotonic clock) has passed."""
   found: Made = {}
   pool = concurrent.futures.ThreadPoolExecutor(max(setting.workers, 1))
   started = time.monotonic()
@@ -32,13 +33,13 @@ def compiled(shape: Shape, cells: Sequence[Cell], setting: Setting, say: Callabl
       if (k := key(cell, name)) in {**have, **found, **waiting}:
         continue
       if time.monotonic() > end:
-        found[k] = TimeoutError('no time was left to compile it')
+        found[k] = LATE
         continue
       try:                       # tracing is Python and does not gain from threads
         fn = parts.programs(shape, *cell[:2])[name]
         waiting[k] = pool.submit(jax.jit(fn).lower(*shapes(shape, cell, setting)).compile)
       except Exception as e:     # whatever a compiler says is the result of its rows
-        found[k] = e
+        found[k] = first_lines(e)
   concurrent.futures.wait(waiting.values(), None if end == float('inf') else max(end - time.monotonic(), 0))
   pool.shutdown(wait=False, cancel_futures=True)
   for k, future in waiting.items():
@@ -48,10 +49,16 @@ def compiled(shape: Shape, cells: Sequence[Cell], setting: Setting, say: Callabl
   return found
 
 
-def outcome(future: concurrent.futures.Future) -> Callable | Exception:
+def outcome(future: concurrent.futures.Future) -> Callable | str:
   if future.cancelled() or not future.done():
-    return TimeoutError('it was not compiled in time')
-  return future.exception() or future.result()
+    return LATE
+  return first_lines(future.exception()) if future.exception() else future.result()
+
+
+def first_lines(error: BaseException) -> str:
+  """The error in one line: a compiler appends its whole allocation table."""
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  return f'{type(error).__name__}: {" ".join(lines[:3])}'[:300]
 
 
 def shapes(shape: Shape, cell: Cell, setting: Setting) -> tuple:

@@ -10,8 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from launch import bench_attention_gpu
 from launch import bench_attention_peers as peers
 from launch.bench_attention_settings import DENSE, Cell, Part
+from pallas_kernels import dispatch
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.dsa_attention import dsa_attention
 from pallas_kernels.dsa_decode import PAGE, Pages, dsa_decode
@@ -147,11 +149,17 @@ def programs(shape: Shape, phase: str, direction: str) -> dict[str, Callable]:
   masked = functools.partial(sparse, way='masked_dense')
   if direction == 'backward':
     return backward(shape, dense, sparse, masked)
-  found = {'score': lambda x: score_maxima(*(a[0] for a in x.index)),
+  kernels = dispatch.platform() == 'gpu'
+  scores = bench_attention_gpu.score if kernels else score_maxima
+  found = {'score': lambda x: scores(*(a[0] for a in x.index)),
            'selection': lambda x: index_select(*x.index, topk=shape.topk),
            'dense': lambda x: dense(x.q, x.k, x.v, *x.place), 'masked_dense': lambda x: masked(*x.everything).o_BTHK}
   if phase == 'decode':
-    found |= {'sparse': functools.partial(decoding, shape), 'cudnn': lambda x: peers.cudnn_decode(x.q, x.k, x.v)}
+    found |= {'sparse': lambda x: dsa_decode(x.q, *paged(x), topk=shape.topk).o_BTHK,
+              'cudnn': lambda x: peers.cudnn_decode(x.q, x.k, x.v)}
+    if kernels:
+      found |= {'score': lambda x: bench_attention_gpu.decode_score(*paged(x)),
+                'selection': lambda x: bench_attention_gpu.decode_selection(*paged(x), topk=shape.topk)}
     return found | {name: lambda x, fn=fn: fn(x.q, *x.heads_first) for name, fn in peers.HEADS_FIRST.items()}
   found |= {'sparse': lambda x: sparse(*x.everything).o_BTHK,
             'replay': lambda x: sparse(*x.everything, selection=x.selection).o_BTHK,
@@ -179,8 +187,8 @@ def backward(shape: Shape, dense, sparse, masked) -> dict[str, Callable]:
   return found | {name: gradients(fn, 3) for name, fn in peers.PREFILL.items()}
 
 
-def decoding(shape: Shape, x: Inputs) -> jax.Array:
-  """One new token of each sequence against caches in pages."""
+def paged(x: Inputs) -> tuple:
+  """Arguments of dsa_decode behind q: one new token of each sequence against caches in pages."""
   B, n = x.k.shape[:2]
   pages = -(-n // PAGE)
 
@@ -189,8 +197,7 @@ def decoding(shape: Shape, x: Inputs) -> jax.Array:
     return a.reshape(B * pages, PAGE, *a.shape[2:])
 
   table = jnp.arange(B * pages, dtype=jnp.int32).reshape(B, pages)
-  return dsa_decode(x.q, Pages(cut(x.k), cut(x.v), cut(x.ik), None), x.iq, x.gate, table,
-                    jnp.full(B, n, jnp.int32), topk=shape.topk).o_BTHK
+  return Pages(cut(x.k), cut(x.v), cut(x.ik), None), x.iq, x.gate, table, jnp.full(B, n, jnp.int32)
 
 
 def score_maxima(iq_TIJ, ik_SJ, gate_TI, q_segment_T, k_segment_S, q_order_T, k_order_S):

@@ -75,8 +75,8 @@ GPU = Setting(
            'the same run: ' + ', '.join(f'{a.name} at least {a.least} times as fast' for a in GPU_AIMS)),
     aims=GPU_AIMS, exponent=None, dtype='bfloat16', lengths=(131072, 262144, 32768), unions=(131072,),
     batches=(16, 64), most=64 * 131072,
-    parts=('selection', 'sparse', 'training', 'reference', *DENSE), blocked=32768, side=8192, numbers=1 << 30,
-    roof_calls=20, shortest=0.05, longest=6.0, workers=12, watched=False)
+    parts=('score', 'selection', 'sparse', 'training', 'reference', *DENSE), blocked=32768, side=8192, numbers=1 << 30,
+    roof_calls=20, shortest=0.05, longest=4.0, workers=12, watched=False)
 
 
 def of(platform: str) -> Setting:
@@ -117,8 +117,8 @@ PROGRAMS = {                   # of bench_attention_parts, in the order in which
 
 def parts(setting: Setting, cell: Cell) -> list[str]:
   """Names of the programs of a cell. Where inputs differ by u alone, only what depends on it: no dense attention, and
-  where `attend` is no difference to it, no selection."""
-  once = {'reference', 'masked_dense', *DENSE} | ({'selection'} if 'replay' in setting.parts else set())
+  where `attend` is not a difference to it, no selection."""
+  once = {'reference', 'masked_dense', *DENSE, 'selection' if 'replay' in setting.parts else 'score'}
   skipped = set() if cell.whole else once
   if setting.blocked and cell.tokens > setting.blocked:
     skipped |= {'dense'}

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from data_pipelines.errors import InputError
-from launch import bench_attention, bench_attention_peers, bench_roofline
+from launch import bench_attention, bench_attention_gpu, bench_attention_peers, bench_roofline, kernels_page
 from launch import bench_attention_parts as parts
 from launch import bench_attention_settings as settings
 from launch.bench_attention_parts import Shape
 from launch.bench_attention_record import record, table
 from launch.bench_attention_settings import CPU, GPU, KINDS, Cell, Part
 from launch.bench_roofline import Roofline
-from pallas_kernels.index_select import index_select, select_mask
+from pallas_kernels import gpu_call, tiles
+from pallas_kernels.index_select import gpu as index_gpu
+from pallas_kernels.index_select import index_select, reference, search, select_mask
 from tests.tolerances import assert_close
 
 TINY = Shape(heads=2, kv_heads=1, width=8, index_heads=2, index_width=16, topk=16)
@@ -111,7 +113,7 @@ def test_a_gpu_starts_with_what_is_claimed():
   assert max(c.tokens * c.batch for c in found if c.phase == 'decode') == 64 * 131072
   assert found[-1] == Cell('prefill', 'backward', 262144, 1, 4, True)
   first, other = found[0], next(c for c in found if not c.whole)
-  assert settings.parts(GPU, first) == ['cudnn', 'tokamax', 'selection', 'sparse', 'reference']
+  assert settings.parts(GPU, first) == ['cudnn', 'tokamax', 'score', 'selection', 'sparse', 'reference']
   assert settings.parts(GPU, other) == ['selection', 'sparse']
   assert 'dense' in settings.parts(GPU, first._replace(tokens=32768))
   assert settings.parts(CPU, other) == ['score', 'sparse', 'replay']
@@ -173,14 +175,14 @@ def gpu_rows():
     about = dict(phase=aim.part.phase, direction=aim.part.direction, tokens=aim.tokens, batch=aim.batch,
                  union=1 if aim.batch > 1 else 4)
     found += [row(seconds=s, **about | {'part': part}) for part, s in (
-        ('cudnn', 2.0), ('einsum', 3.0), (aim.part.name, 2.0 / aim.least))]
+        ('cudnn', 2.0), ('einsum', 3.0), (aim.part.name, 1.9 / aim.least))]
     found.append(about | {'part': 'tokamax', 'error': 'ValueError: no'})
   return found
 
 
 def test_a_gpu_is_judged_against_the_fastest_dense_attention():
   out = record(gpu_rows(), [131072, 262144], GPU, ROOF, 3, ['tokamax: the package is not installed'])
-  assert [a['reached'] for a in out['aims']] == [pytest.approx(a.least) for a in GPU.aims]
+  assert [a['reached'] for a in out['aims']] == [pytest.approx(a.least * 2 / 1.9) for a in GPU.aims]
   assert out['verdict'] == 'shown' and out['why'] == ''
   assert set(out['fastest dense'].values()) == {'cudnn'}
   said = table(out)
@@ -192,7 +194,7 @@ def test_a_gpu_is_judged_against_the_fastest_dense_attention():
   (lambda rows: [r | {'off': 0.5} if r['tokens'] == 262144 and r['part'] == 'sparse' else r for r in rows],
    'prefill at 262144 tokens is off by 0.5'),
   (lambda rows: [r | {'seconds': {'best': 1.0, 'median': 1.0}} if (r['part'], r['batch']) == ('cudnn', 16) else r
-                 for r in rows], 'decoding at batch 16 after 131072 tokens: 3.00 times as fast, less than 6'),
+                 for r in rows], 'decoding at batch 16 after 131072 tokens: 3.16 times as fast, less than 6'),
 ])
 def test_a_gpu_record_says_what_it_lacks(change, why):
   out = record(change(gpu_rows()), [131072, 262144], GPU, ROOF, 3)
@@ -244,6 +246,22 @@ def test_dense_peers_of_a_decoding_step_agree():
 
 
 @pytest.mark.slow
+def test_scores_and_selections_of_the_gpu_kernels_alone(monkeypatch):
+  monkeypatch.setattr(gpu_call, 'INTERPRET', True)
+  monkeypatch.setattr(tiles, 'KEYS', 16)
+  for name, value in (('SAMPLE', 16), ('CANDIDATES', 32), ('SCAN', 16)):
+    monkeypatch.setattr(index_gpu, name, value)
+  x = parts.inputs(TINY, 64, 'random')
+  first = search.key(reference.score(x.iq, x.ik, x.gate)[0, :, 0])
+  assert_close(search.value(bench_attention_gpu.score(*(a[0] for a in x.index))), search.value(first))
+  x = parts.decode_inputs(TINY, 64, 2)
+  key, last = bench_attention_gpu.decode_selection(*parts.paged(x), topk=TINY.topk)
+  want = index_select(*x.index, topk=TINY.topk)
+  assert_close(search.value(key), want.threshold_BT[:, 0])
+  np.testing.assert_array_equal(last, want.last_BT[:, 0])
+
+
+@pytest.mark.slow
 def test_every_part_is_measured():
   said, found = [], []
   cells = settings.cells(CPU, [64, 128], (4, 'random'), KINDS, (1,))
@@ -277,15 +295,16 @@ def test_a_gpu_cell_is_measured_with_its_failures():
   if jax.default_backend() == 'cpu':
     assert [r['error'][:12] for r in prefill + decode if r['part'] == 'cudnn'] == ['RuntimeError'] * 2
   assert parts.inputs(TINY, 64, 4, 'bfloat16').iq.dtype == jnp.bfloat16
-  assert said[0].startswith('8 programs compiled')
+  assert said[0].startswith('9 programs compiled')
 
 
 def test_no_cell_begins_after_the_time_is_over():
   cells = [Cell('prefill', 'forward', 64, 1, 4, True)]
   assert list(bench_attention.measure(TINY, cells, CPU, ROOF, 2, print, until=0.0)) == []
   late = bench_attention.compiled(TINY, cells, GPU, print, until=0.0)
-  with pytest.raises(TimeoutError):
-    bench_attention.warm(late['prefill', 'forward', 64, 1, 'sparse'], (), 0)
+  assert set(late.values()) == {'it was not compiled in time'}
+  found = bench_attention.measure_cell(TINY, cells[0], GPU, late, ROOF, 2, print)
+  assert [(r['part'], r['error']) for r in found] == [(k[4], 'it was not compiled in time') for k in late]
 
 
 def test_a_killed_run_leaves_a_whole_record(tmp_path):
@@ -293,3 +312,21 @@ def test_a_killed_run_leaves_a_whole_record(tmp_path):
   bench_attention.save(path, {'rows': [1]})
   bench_attention.save(path, {'rows': [1, 2]})
   assert json.loads(path.read_text()) == {'rows': [1, 2]} and [*tmp_path.iterdir()] == [path]
+
+
+def test_a_record_goes_to_the_page(tmp_path, monkeypatch):
+  page, file = tmp_path / 'kernels.md', tmp_path / 'out.json'
+  end = kernels_page.END
+  text = f'a\n{kernels_page.TIMED_START}\nold\n{end}\nb\n{kernels_page.START}\nc\n{end}\nd\n'
+  page.write_text(text)
+  monkeypatch.setattr(kernels_page, 'PAGE', page)
+  monkeypatch.setattr(kernels_page, 'TIMED', tmp_path / 'kernels_h100.json')
+  out = record(gpu_rows(), [131072, 262144], GPU, ROOF, 3, ['tokamax: the package is not installed'])
+  bench_attention.save(file, out | {'commit': ''})
+  kernels_page.main([str(file)])
+  said = json.loads((tmp_path / 'kernels_h100.json').read_text())
+  assert said == out and said['commit']
+  shown = page.read_text()
+  assert shown == text.replace('old', kernels_page.block_timed(said))
+  assert '| attend alone at 131072 tokens | 6 | 6.32 |' in shown and 'ValueError: no' in shown
+  assert 'Left out: tokamax: the package is not installed.' in shown
