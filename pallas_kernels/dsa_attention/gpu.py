@@ -32,6 +32,7 @@ from pallas_kernels.mask import NEG_INF
 GATHER = 64            # keys of a step
 WARPS, STAGES = 8, 3
 NOBODY = 1e30          # log-sum-exp of a head that was added: all its probabilities are 0
+LEAST = NEG_INF / 2       # running maximum of a query that has seen nothing: above a masked logit, which then weighs 0
 LOG2E = 1.4426950408889634
 
 
@@ -85,18 +86,19 @@ def _attention(index_ref, word_ref, count_ref, q_ref, k_ref, v_ref, o_out, lse_o
     here = pl.ds(i * GATHER, GATHER)
     index_U, word_U = index_ref[m, here], word_ref[m, here]
     on_NU = (jnp.right_shift(word_U[None], bit_N1) & 1) > 0
-    x_NU = jnp.where(on_NU, dot(q_NK, k_ref[index_U, g].T) * (scale * LOG2E), NEG_INF)
+    x_NU = jnp.where(on_NU, dot(q_NK, k_ref[index_U, g].T), NEG_INF)
     new_N = jnp.maximum(m_N, x_NU.max(1))
-    w_NU, fade_N = jnp.where(on_NU, jnp.exp2(x_NU - new_N[:, None]), 0), jnp.exp2(m_N - new_N)
+    w_NU = jnp.exp2(x_NU * (scale * LOG2E) - (new_N * (scale * LOG2E))[:, None])
+    fade_N = jnp.exp2((m_N - new_N) * (scale * LOG2E))
     v_UK = v_ref[index_U, g]
     return new_N, l_N * fade_N + w_NU.sum(1), acc_NK * fade_N[:, None] + dot(w_NU.astype(v_UK.dtype), v_UK)
 
-  init = jnp.full(N, NEG_INF, jnp.float32), jnp.zeros(N, jnp.float32), jnp.zeros((N, K), jnp.float32)
+  init = jnp.full(N, LEAST, jnp.float32), jnp.zeros(N, jnp.float32), jnp.zeros((N, K), jnp.float32)
   m_N, l_N, acc_NK = jax.lax.fori_loop(0, pl.cdiv(count_ref[m], GATHER), step, init)
   seen_N = l_N > 0
   l_N = jnp.where(seen_N, l_N, 1)
   o_out[m, g] = (acc_NK / l_N[:, None]).astype(o_out.dtype)
-  lse_out[m, g] = jnp.where(seen_N, (m_N + jnp.log2(l_N)) / LOG2E, NEG_INF)
+  lse_out[m, g] = jnp.where(seen_N, m_N * scale + jnp.log(l_N), NEG_INF)
 
 
 class Plan(NamedTuple):
@@ -133,7 +135,7 @@ def plan(options: Options, row: Row, selection: Selection | None) -> tuple[Plan,
   size = chunks.order_T.shape[1]
   given = keep_all((T,)) if selection is None else selection
   given = jax.tree.map(lambda x: tiles.cut(tiles.pad(x, 0, size), 0, size), given)
-  flat = lambda x_GSK: tiles.pad(x_GSK.swapaxes(0, 1), 0, tiles.KEYS)
+  flat = lambda x_GSK: tiles.pad(x_GSK.swapaxes(0, 1), 0, index.TILE)
   every = selection is None and options.topk >= len(row.k_order_S)
   whole = Plan(every, keys, flat(row.k_GSK), flat(row.v_GSK), keys.ik_PSJ.reshape(-1, keys.ik_PSJ.shape[2]))
   return whole, Chunk(cut_groups(row.q_GNK, T, size), chunks, given)

@@ -26,8 +26,8 @@ def dsa_decode(q_BTHK, pages: Pages, iq_BTIJ, gate_BTI, page_BN, length_B, *, to
   capacity = page_BN.shape[1] * pages.ik_PAJ.shape[1]
   new = gpu_call.ceil_pow2(T)
   front = lambda x, value=0: jnp.pad(x, ((0, 0), (new - T, 0), *((0, 0),) * (x.ndim - 2)), constant_values=value)
-  order_PS = jnp.arange(-(-capacity // tiles.KEYS) * tiles.KEYS, dtype=jnp.int32).reshape(-1, tiles.KEYS)
-  met = index.Tiles(order_PS, jnp.arange(len(order_PS), dtype=jnp.int32), -(-length_B // tiles.KEYS))
+  order_PS = jnp.arange(-(-capacity // index.TILE) * index.TILE, dtype=jnp.int32).reshape(-1, index.TILE)
+  met = index.Tiles(order_PS, jnp.arange(len(order_PS), dtype=jnp.int32), -(-length_B // index.TILE))
 
   key_TN = scores(front(iq_BTIJ), front(gate_BTI), pages, page_BN, length_B, T, order_PS)
   if topk >= capacity:

@@ -1,10 +1,12 @@
 """Index scores and top-k on a GPU, exactly and without a sort.
 
 A chunk of queries is scored against the key tiles that it meets into one buffer in device memory, as integers in the
-order of the scores. The threshold of a row is found in two kernels. The first takes a value that surely lies below it
-from a sample of the row, and copies the keys from there on, a few times topk, into a short list. The second bisects
-that list, or the whole row when the list turned out too short or too long (many equal scores, a row like none before).
-Either way the result is that of a full sort. A third kernel turns scores and thresholds into words of bits.
+order of the scores. The threshold of a row is found in three kernels. The first takes a value that very likely lies
+below it from a sample of the row; the second copies the scores from there on, less than twice topk, into a short list;
+the third bisects that list, or the whole row when the list turned out too short or too long (a row in 30,000, or many
+equal scores). Either way the result is that of a full sort. A last kernel turns scores and thresholds into words of
+bits. Rows are long and few, so the kernel that walks over a row has one warp a row: all rows of a chunk are then on the
+device at once, and no step waits for other warps.
 
 T queries of a chunk, S keys of a tile, P key tiles, N keys of all tiles, C candidates, I indexer heads, J indexer head
 dim, M groups of a chunk.
@@ -26,10 +28,12 @@ from pallas_kernels.mask import visible
 GROUP = 16                 # queries whose selections are one word of bits
 ROOM = 2**30               # bytes of the buffer of scores
 MOST = 4096                # queries of a chunk
+TILE = 128                 # keys of a tile
 ROWS = 64                  # queries of a program that scores
-SAMPLE = 4096              # scores of a row that are sampled
-CANDIDATES = 8192          # room for those from the lower bound on
-SCAN = 2048                # scores of a step over a row
+SAMPLE = 8192              # scores of a row that are sampled
+SLACK = 4                  # standard deviations by which the bound from a sample is lowered
+CANDIDATES = 4096          # room for the scores from the bound on
+SCAN = 512                 # scores of a step over a row
 STEPS = 24                 # halvings of the range of keys in a sample, which leave 256 of 2**32 apart
 
 MASKED = -2**31            # below the key of every score, -inf included
@@ -76,7 +80,7 @@ def scores(chunk: Chunk, keys: Keys) -> jax.Array:
   T, (P, S) = chunk.iq_ITJ.shape[1], keys.order_PS.shape
   rows = min(ROWS, T & -T)
   return gpu_call.call(functools.partial(_scores, rows=rows), (T // rows, P), [*chunk[:4], *keys, *chunk[4:]],
-                       [jax.ShapeDtypeStruct((T, buffer_width(P * S)), jnp.int32)], warps=8, stages=3)[0]
+                       [jax.ShapeDtypeStruct((T, buffer_width(P * S)), jnp.int32)], warps=4, stages=3)[0]
 
 
 def buffer_width(N: int) -> int:
@@ -116,33 +120,48 @@ def kth(key_TN: jax.Array, met: Tiles, topk: int) -> tuple[jax.Array, jax.Array]
   T, S = len(key_TN), met.order_PS.shape[1]
   int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
   length_T = jnp.repeat(met.count_M * S, T // len(met.count_M))
-  key_TC, place_TC, found_T, visible_T = gpu_call.call(
-      functools.partial(_candidates, topk=topk, S=S), (T,), [key_TN, length_T],
-      [int32(T, CANDIDATES), int32(T, CANDIDATES), int32(T), int32(T)], warps=8, stages=2)
-  return tuple(gpu_call.call(
-      functools.partial(_kth, topk=topk), (T,),
-      [key_TN, length_T, met.order_PS, met.tile_P, key_TC, place_TC, found_T, visible_T], [int32(T), int32(T)],
-      warps=8, stages=2))
+  low_T, = gpu_call.call(functools.partial(_bound, topk=topk, S=S), (T,), [key_TN, length_T], [int32(T)], warps=4,
+                         stages=1)
+  found = gpu_call.call(_candidates, (T,), [key_TN, length_T, low_T],
+                        [int32(T, CANDIDATES), int32(T, CANDIDATES), int32(T)], warps=1, stages=2)
+  return tuple(gpu_call.call(functools.partial(_kth, topk=topk), (T,),
+                             [key_TN, length_T, met.order_PS, met.tile_P, *found], [int32(T), int32(T)], warps=4,
+                             stages=1))
 
 
-def _candidates(key_ref, length_ref, key_out, place_out, found_out, visible_out, *, topk, S):
-  """Keys and places in the row of the scores from a lower bound of the threshold on, how many there are, and how many
-  keys are visible."""
+def _bound(key_ref, length_ref, low_out, *, topk, S):
+  """A key that very likely topk scores of the row reach: that of the sample whose rank is SLACK standard deviations
+  beyond the expected one. In rows that fit into the list: below all."""
   t = pl.program_id(0)
   length = length_ref[t]
-  low = jnp.where(length > CANDIDATES, lower_bound(key_ref, t, length, topk, S), MASKED + 1)
+  x = key_ref[t, jnp.arange(SAMPLE, dtype=jnp.int32) * (length // S) // (SAMPLE // S)]
+  expected = topk * SAMPLE / jnp.maximum(length, 1).astype(jnp.float32)
+  rank = (expected + SLACK * jnp.sqrt(expected)).astype(jnp.int32) + 1
 
-  def scan(n, state):
-    found, seen_S = state
+  def halve(_, state):
+    low, high = state
+    middle = search.halfway(low, high)
+    up = count(x >= middle) >= rank
+    return jnp.where(up, middle, low), jnp.where(up, high, middle)
+
+  low, _ = jax.lax.fori_loop(0, STEPS, halve, (jnp.int32(MASKED + 1), jnp.int32(HIGH)))
+  low_out[t] = jnp.where(length > CANDIDATES, low, MASKED + 1)
+
+
+def _candidates(key_ref, length_ref, low_ref, key_out, place_out, found_out):
+  """Keys and places in the row of the scores from the bound on, as far as there is room, and how many there are."""
+  t = pl.program_id(0)
+  length, low = length_ref[t], low_ref[t]
+
+  def scan(n, found):
     x, place = part(key_ref, t, n, length)
     rank = found + jnp.cumsum((x >= low).astype(jnp.int32)) - 1
     flag = (x >= low) & (rank < CANDIDATES)
     gpu_call.store(key_out, (t, rank), x, flag)
     gpu_call.store(place_out, (t, rank), place, flag)
-    return found + count(x >= low), seen_S + (x > MASKED).astype(jnp.int32)
+    return found + count(x >= low)
 
-  found, seen_S = jax.lax.fori_loop(0, pl.cdiv(length, SCAN), scan, (jnp.int32(0), jnp.zeros(SCAN, jnp.int32)))
-  found_out[t], visible_out[t] = found, seen_S.sum()
+  found_out[t] = jax.lax.fori_loop(0, pl.cdiv(length, SCAN), scan, jnp.int32(0))
 
 
 def part(key_ref, t, n, length):
@@ -155,55 +174,40 @@ def count(flag: jax.Array) -> jax.Array:
   return jnp.sum(flag.astype(jnp.int32))
 
 
-def lower_bound(key_ref, t, length, topk, S):
-  """A key that at least topk scores of the row reach, but for one row in a billion: that of the sample whose rank is
-  six standard deviations beyond the expected one."""
-  x = key_ref[t, jnp.arange(SAMPLE, dtype=jnp.int32) * (length // S) // (SAMPLE // S)]
-  expected = topk * SAMPLE / jnp.maximum(length, 1).astype(jnp.float32)
-  rank = (expected + 6 * jnp.sqrt(expected)).astype(jnp.int32) + 1
-
-  def halve(_, state):
-    low, high = state
-    middle = search.halfway(low, high)
-    up = count(x >= middle) >= rank
-    return jnp.where(up, middle, low), jnp.where(up, high, middle)
-
-  return jax.lax.fori_loop(0, STEPS, halve, (jnp.int32(MASKED + 1), jnp.int32(HIGH)))[0]
-
-
-def _kth(key_ref, length_ref, order_ref, tile_ref, key_candidates, place_candidates, found_ref, visible_ref, key_out,
-         last_out, *, topk):
+def _kth(key_ref, length_ref, order_ref, tile_ref, key_candidates, place_candidates, found_ref, key_out, last_out, *,
+         topk):
   t = pl.program_id(0)
   length = length_ref[t]
   found, S = found_ref[t], order_ref.shape[1]
-  every = visible_ref[t] <= topk
 
   def order(place, flag):
+    place = place(flag)
     tile = triton.load(tile_ref.at[place // S], mask=flag, other=0)
     return triton.load(order_ref.at[tile, place % S], mask=flag, other=0)
 
   def among_candidates():
     n = jnp.arange(CANDIDATES, dtype=jnp.int32)
     x = triton.load(key_candidates.at[t, pl.ds(0, CANDIDATES)], mask=n < found, other=MASKED)
-    place = triton.load(place_candidates.at[t, pl.ds(0, CANDIDATES)], mask=n < found, other=0)
+    place = lambda flag: triton.load(place_candidates.at[t, n], mask=flag, other=0)
     return bisect(lambda fn: fn(x, place).sum(), lambda fn: fn(x, place).max(), order, topk)
 
   def in_row():
     def fold(fn, combine, start):
-      step = lambda n, state: combine(state, fn(*part(key_ref, t, n, length)))
+      def step(n, state):
+        x, place = part(key_ref, t, n, length)
+        return combine(state, fn(x, lambda _: place))
       return jax.lax.fori_loop(0, pl.cdiv(length, SCAN), step, jnp.full(SCAN, start, jnp.int32))
     return bisect(lambda fn: fold(fn, jnp.add, 0).sum(), lambda fn: fold(fn, jnp.maximum, -2**31).max(), order, topk)
 
-  short = every | (found >= topk) & (found <= CANDIDATES)
-  key, last = jax.lax.cond(short, among_candidates, in_row)
-  key_out[t], last_out[t] = jnp.where(every, KEEP_ALL, key), jnp.where(every, MAX_ORDER, last)
+  enough = (found > topk) & (found <= CANDIDATES)
+  key_out[t], last_out[t] = jax.lax.cond(enough, among_candidates, in_row)
 
 
 def bisect(total: Callable, most: Callable, order: Callable, k: int):
-  """(key, last) of the k-th entry by (key descending, order ascending) of more than k.
+  """(key, last) of the k-th entry by (key descending, order ascending), or that keep all when no more are visible.
 
   total(fn) and most(fn) are the sum and the maximum of the int32 fn(keys, places) over all entries; order(places, flag)
-  are the orders where flag is True.
+  are the orders where flag is True. Places are a function, since few searches need them.
   """
   how_many = lambda flag: total(lambda x, place: flag(x, place).astype(jnp.int32))
 
@@ -214,7 +218,8 @@ def bisect(total: Callable, most: Callable, order: Callable, k: int):
     up = c >= k
     return jnp.where(up, middle, low), jnp.where(up, high, middle), jnp.where(up, c, n)
 
-  start = jnp.int32(LOW), jnp.int32(HIGH), jnp.int32(MAX_ORDER)
+  visible = how_many(lambda x, _: x > MASKED)
+  start = jnp.int32(LOW), jnp.int32(HIGH), visible
   low, _, n = jax.lax.while_loop(lambda s: (s[2] > k) & (s[1] - 1 > s[0]), narrow, start)
   key = -most(lambda x, _: jnp.where(x >= low, -x, -MAX_ORDER))
   last = most(lambda x, place: jnp.where(x == key, order(place, x == key), -1))
@@ -227,7 +232,8 @@ def bisect(total: Callable, most: Callable, order: Callable, k: int):
     return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
   start = jnp.where(n > k, -1, last - 1), last                     # orders are not negative
-  return key, jax.lax.while_loop(lambda s: s[1] - 1 > s[0], halve, start)[1]
+  last = jax.lax.while_loop(lambda s: s[1] - 1 > s[0], halve, start)[1]
+  return jnp.where(visible > k, key, KEEP_ALL), jnp.where(visible > k, last, MAX_ORDER)
 
 
 def words(key_TN: jax.Array, key_T: jax.Array, last_T: jax.Array, met: Tiles) -> tuple[jax.Array, jax.Array]:
@@ -263,7 +269,7 @@ def cut(iq_ITJ, ik_SJ, gate_TI, q_segment_T, k_segment_S, q_order_T, k_order_S) 
   heads, width = gpu_call.ceil_pow2(I), max(gpu_call.ceil_pow2(J), gpu_call.SMALLEST)
   iq_ITJ, ik_SJ = tiles.pad(tiles.pad(iq_ITJ, 2, width), 0, heads), tiles.pad(ik_SJ, 1, width)
   gate_IT = tiles.pad(gate_TI.astype(jnp.float32).T, 0, heads)
-  key_tiles = lambda x, value=0: tiles.cut(tiles.pad(x, 0, tiles.KEYS, value), 0, tiles.KEYS)
+  key_tiles = lambda x, value=0: tiles.cut(tiles.pad(x, 0, TILE, value), 0, TILE)
   chunks = lambda x, axis=0, value=0: tiles.cut(tiles.pad(x, axis, size, value), axis, size)
   segment_CT, order_CT = chunks(q_segment_T, 0, tiles.QUERY_PAD), chunks(q_order_T)
   keys = Keys(key_tiles(ik_SJ), key_tiles(k_segment_S, tiles.KEY_PAD), key_tiles(k_order_S))
