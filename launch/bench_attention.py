@@ -13,9 +13,8 @@ one.
                    indexer's loss; in decoding caches in pages (pallas_kernels/dsa_decode)
     score          all index scores, reduced to their maxima
     select         what the exact top-k adds to that
-    selection      both together, where a kernel does not hold them apart
-    attend         replay of a selection less its scores; where scores are not timed alone, and in decoding, `sparse`
-                   less a selection
+    selection      both together, where scores were not timed beside it
+    attend         replay of a selection less its scores; on a GPU and in decoding `sparse` less a selection
     training       backward only: the fused op with the indexer's loss and all gradients, what an update runs
 
 Backward is the forward pass and the gradients of q, k and v; decode one new token after the others. Rows that do not
@@ -25,8 +24,8 @@ FLOPs, least bytes and the fraction of this device's roofline, which is measured
 On a CPU all is float32, and other processes make a run void. On a GPU it is bfloat16, in rows of up to 262144 tokens
 and decoding steps of 16 and 64 sequences, and dense attention is that of others, timed in the same rounds
 (launch/bench_attention_peers.py); our own, which is made for CPUs and starts many small programs there, only up to
-32768 tokens. Programs are compiled ahead, and the cells that the claim needs come first. The output of the last queries
-is compared with the definition of sparse attention there (`off`).
+32768 tokens. Programs are compiled ahead, by as many cores as `--threads` allows, and the cells that the claim needs
+come first. The output of the last queries is compared with the definition of sparse attention there (`off`).
 
 `--out` is written after each cell. `--seconds` ends the run at the first cell after so long; what it leaves out is in
 the record. A part that fails is a row with its error.
@@ -49,7 +48,7 @@ from launch import bench_attention_settings as settings
 from launch import bench_roofline, bench_rounds
 from launch.bench_attention_compile import Made, compiled, first_lines, key
 from launch.bench_attention_parts import Shape
-from launch.bench_attention_record import record, table
+from launch.bench_attention_record import record, summary, table
 from launch.bench_attention_settings import KINDS, UNIONS, Cell, Part, Setting
 from launch.bench_timing import probe, timed
 from pallas_kernels import dispatch
@@ -69,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
   for cell, found in measure(Shape(), list(left), setting, roof, args.rounds, say, started + args.seconds):
     rows += found
     left.remove(cell)
+    say('  ' + summary(found))
     if args.out:
       save(pathlib.Path(args.out), out())
   print(json.dumps(out()) if args.json else table(out()))

@@ -120,6 +120,12 @@ def peak() -> int | None:
   return (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use')
 
 
+def summary(rows: Sequence[dict]) -> str:
+  """The rows of a cell in one line."""
+  return ', '.join(f'{r["part"]}: {r["error"]}' if 'error' in r else f'{r["part"]} {r["seconds"]["best"] * 1e3:.2f} ms'
+                   for r in rows)
+
+
 def table(out: dict) -> str:
   lines = [f'{"phase":<8} {"direction":<9} {"part":<13} {"u":>7} {"tokens":>8} {"batch":>5} {"best s":>9} '
            f'{"median s":>9} {"TFLOP/s":>8} {"GB":>8} {"roofline":>8} {"temp MiB":>9}']

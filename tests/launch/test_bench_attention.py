@@ -12,7 +12,7 @@ from launch import bench_attention, bench_attention_gpu, bench_attention_peers, 
 from launch import bench_attention_parts as parts
 from launch import bench_attention_settings as settings
 from launch.bench_attention_parts import Shape
-from launch.bench_attention_record import record, table
+from launch.bench_attention_record import record, summary, table
 from launch.bench_attention_settings import CPU, GPU, KINDS, Cell, Part
 from launch.bench_roofline import Roofline
 from pallas_kernels import gpu_call, tiles
@@ -185,6 +185,7 @@ def test_a_gpu_is_judged_against_the_fastest_dense_attention():
   assert [a['reached'] for a in out['aims']] == [pytest.approx(a.least * 2 / 1.9) for a in GPU.aims]
   assert out['verdict'] == 'shown' and out['why'] == ''
   assert set(out['fastest dense'].values()) == {'cudnn'}
+  assert summary(gpu_rows()[:4]) == 'cudnn 2000.00 ms, einsum 3000.00 ms, attend 316.67 ms, tokamax: ValueError: no'
   said = table(out)
   assert 'ValueError: no' in said and 'left out: tokamax' in said and 'batch 64' in said
 
