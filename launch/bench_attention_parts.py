@@ -151,7 +151,7 @@ def programs(shape: Shape, phase: str, direction: str) -> dict[str, Callable]:
     return backward(shape, dense, sparse, masked)
   kernels = dispatch.platform() == 'gpu'
   scores = bench_attention_gpu.score if kernels else score_maxima
-  found = {'score': lambda x: scores(*(a[0] for a in x.index)),
+  found = {'score': lambda x: jax.lax.map(lambda row: scores(*row), x.index),
            'selection': lambda x: index_select(*x.index, topk=shape.topk),
            'dense': lambda x: dense(x.q, x.k, x.v, *x.place), 'masked_dense': lambda x: masked(*x.everything).o_BTHK}
   if phase == 'decode':

@@ -226,7 +226,7 @@ def test_what_is_timed_is_one_function(programs):
   assert_close(decode['masked_dense'], decode['sparse'])
   assert_close(decode['sparse'], forward['sparse'][:, -1:])
   assert_close(decode['dense'], forward['dense'][:, -1:])
-  assert_close(decode['score'], forward['score'][-1:])
+  assert_close(decode['score'], forward['score'][:, -1:])
   for kind in (forward, decode):
     assert set(kind) - {'replay', 'reference'} == {'score', 'selection', 'sparse', 'dense', 'masked_dense'}
   (o, masked), (also_o, sparse), (_, dense) = (backward[name] for name in ('masked_dense', 'sparse', 'dense'))
