@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
 
 from pallas_kernels import gpu_call, tiles
 from pallas_kernels.dense_attention.xla import cut_queries, join_queries
@@ -29,8 +30,8 @@ from pallas_kernels.index_select.gpu import dot
 from pallas_kernels.index_select.selection import Selection, keep_all
 from pallas_kernels.mask import NEG_INF
 
-GATHER = 64            # keys of a step
-WARPS, STAGES = 8, 3
+GATHER = 32            # keys of a step
+WARPS, STAGES = 8, 5    # with fewer stages the gather of a step, which waits for its indices, is not begun ahead of it
 NOBODY = 1e30          # log-sum-exp of a head that was added: all its probabilities are 0
 LEAST = NEG_INF / 2       # running maximum of a query that has seen nothing: above a masked logit, which then weighs 0
 LOG2E = 1.4426950408889634
@@ -43,27 +44,30 @@ class Lists(NamedTuple):
   count_M: jax.Array
 
 
-def lists(met: index.Tiles, word_MN: jax.Array, number_MP: jax.Array) -> Lists:
+def lists(met: index.Tiles, word_MN: jax.Array, number_MB: jax.Array) -> Lists:
   """From the words of index_select. There is room for all keys of the row."""
-  (M, P), S = number_MP.shape, met.order_PS.shape[1]
-  end_MP = jnp.cumsum(number_MP, 1)
-  empty = jnp.zeros((M, -(-P * S // GATHER) * GATHER), jnp.int32)
+  M, N = word_MN.shape
+  end_MB = jnp.cumsum(number_MB, 1)
+  empty = jnp.zeros((M, N), jnp.int32)
   index_MU, word_MU = gpu_call.call(
-      functools.partial(_list, S=S), (M, P), [word_MN, end_MP - number_MP, met.tile_P, met.count_M, empty, empty],
-      [jax.ShapeDtypeStruct(empty.shape, jnp.int32)] * 2, warps=4, stages=2, aliases={4: 0, 5: 1})
-  return Lists(index_MU, word_MU, end_MP[:, -1])
+      _list, (M, number_MB.shape[1]),
+      [word_MN, end_MB - number_MB, number_MB, met.tile_P, met.count_M, empty, empty], [index.int32(M, N)] * 2, warps=4,
+      stages=1, aliases={5: 0, 6: 1})
+  return Lists(index_MU, word_MU, end_MB[:, -1])
 
 
-def _list(word_ref, start_ref, tile_ref, count_ref, empty_index_ref, empty_word_ref, index_out, word_out, *, S):
+def _list(word_ref, start_ref, number_ref, tile_ref, count_ref, empty_index_ref, empty_word_ref, index_out, word_out):
   m, n = pl.program_id(0), pl.program_id(1)
 
-  @pl.when(n < count_ref[m])
+  @pl.when(number_ref[m, n] > 0)
   def _():
-    word_S = word_ref[m, pl.ds(n * S, S)]
-    flag_S = word_S != 0
-    rank_S = start_ref[m, n] + jnp.cumsum(flag_S.astype(jnp.int32)) - 1
-    gpu_call.store(index_out, (m, rank_S), tile_ref[n] * S + jnp.arange(S, dtype=jnp.int32), flag_S)
-    gpu_call.store(word_out, (m, rank_S), word_S, flag_S)
+    place_B = n * index.BLOCK + jnp.arange(index.BLOCK, dtype=jnp.int32)
+    word_B = triton.load(word_ref.at[m, place_B], mask=place_B < count_ref[m] * index.TILE, other=0)
+    flag_B = word_B != 0
+    rank_B = start_ref[m, n] + jnp.cumsum(flag_B.astype(jnp.int32)) - 1
+    tile_B = triton.load(tile_ref.at[place_B // index.TILE], mask=flag_B, other=0)
+    gpu_call.store(index_out, (m, rank_B), tile_B * index.TILE + place_B % index.TILE, flag_B)
+    gpu_call.store(word_out, (m, rank_B), word_B, flag_B)
 
 
 def attention(scale: float, group: int, picked: Lists, q_MGNK, k_SGK, v_SGK) -> tuple[jax.Array, jax.Array]:
@@ -154,11 +158,13 @@ def join_groups(x_CMGNK: jax.Array, T: int) -> jax.Array:
 
 def select(options: Options, row: Plan, chunk: Chunk, replay: bool) -> tuple[Selection, Lists]:
   """Selection [T] of a chunk, and the keys of its groups."""
-  key_TN, met = index.scores(chunk.index, row.keys), index.meet(chunk.index, row.keys)
+  met = index.meet(chunk.index, row.keys)
   if replay or row.every:
     key_T, last_T = search.key(chunk.selection.threshold_BT), chunk.selection.last_BT
+    key_TN, _ = index.scores(chunk.index, row.keys, key_T)
   else:
-    key_T, last_T = index.kth(key_TN, met, options.topk)
+    key_TN, number_TP, low_T = index.score_and_bound(chunk.index, row.keys, options.topk)
+    key_T, last_T = index.kth(key_TN, number_TP, low_T, met, options.topk)
   return Selection(search.value(key_T), last_T), lists(met, *index.words(key_TN, key_T, last_T, met))
 
 

@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import gpu_call
 from pallas_kernels.dsa_attention import gpu_indexer, gpu_lists
-from pallas_kernels.dsa_attention.gpu_indexer import LOG2E, float32, head_sum
-from pallas_kernels.dsa_attention.gpu_lists import STEP, dot, in_list, own_steps, selected
+from pallas_kernels.dsa_attention.gpu_indexer import LOG2E, float32
+from pallas_kernels.dsa_attention.gpu_lists import STEP, dot, own_steps, places, selected
 
 ROWS = 2**18           # of the buffer: at 4 KV heads of 128 1 GiB, and lists of 8192 keys for all cores of an H100
 
@@ -43,7 +43,7 @@ def gradients(scale: float, heads: int, want_kl: bool, lists, q_MGNK, do_MGNK, l
     arrays = [*lists, *span[:-1], q_MGNK, do_MGNK, lse_MGN, delta_MGN, k_SGK, v_SGK, dq_MGNK]
     dq_MGNK, dk_CGK, dv_CGK, p_GCT = gpu_call.call(
         functools.partial(_gradients, scale=scale, T=T), (M, G), arrays,
-        [float32(M, G, N, K), float32(room, G, K), float32(room, G, K), float32(G, room, T)], warps=8, stages=2,
+        [float32(M, G, N, K), float32(room + 1, G, K), float32(room + 1, G, K), float32(G, room, T)], warps=8, stages=2,
         aliases={len(arrays) - 1: 0})
     rows = [dk_CGK, dv_CGK]
     if want_kl:
@@ -63,27 +63,29 @@ def gradients(scale: float, heads: int, want_kl: bool, lists, q_MGNK, do_MGNK, l
 def _gradients(index_ref, word_ref, count_ref, first_ref, start_ref, before_ref, offset_ref, q_ref, do_ref, lse_ref,
                delta_ref, k_ref, v_ref, dq_before_ref, dq_out, dk_out, dv_out, p_out, *, scale, T):
   m, g = pl.program_id(0), pl.program_id(1)
-  line, count = start_ref[m] - first_ref[0], count_ref[m]
-  begin, end = own_steps(first_ref[0], len(dk_out), start_ref[m], count)
+  line, count, room = start_ref[m] - first_ref[0], count_ref[m], p_out.shape[1]
+  begin, end = own_steps(first_ref[0], room, start_ref[m], count)
 
   @pl.when(begin < end)
   def _():
-    q_NK, do_NK, lse_N, delta_N = q_ref[m, g], do_ref[m, g], lse_ref[m, g] * LOG2E, delta_ref[m, g]
+    q_NK, do_NK, lse_N1, delta_N1 = q_ref[m, g], do_ref[m, g], lse_ref[m, g][:, None], delta_ref[m, g][:, None]
     bit_N = jnp.arange(len(q_NK), dtype=jnp.int32) % T
+    fold_NT = (bit_N[:, None] == jnp.arange(T, dtype=jnp.int32)[None]).astype(q_NK.dtype)
 
     def step(i, dq_NK):
       here = pl.ds(i * STEP, STEP)
-      index_U, on_UN = index_ref[m, here], selected(word_ref[m, here], bit_N)
-      place_U, mask_U1 = offset_ref[index_U] + before_ref[m, index_U], in_list(i, count)[:, None]
+      index_U = index_ref[m, here]
+      on_NU = selected(bit_N, word_ref[m, here])
+      place_U = places(index_U, i, m, count, offset_ref, before_ref, room)
       k_UK, v_UK = k_ref[index_U, g], v_ref[index_U, g]
-      x_UN = dot(k_UK, q_NK.T) * (scale * LOG2E)
-      p_UN = jnp.where(on_UN, jnp.exp2(x_UN - lse_N[None]), 0)
-      dx_UN = (p_UN * (dot(v_UK, do_NK.T) - delta_N[None])).astype(k_UK.dtype)
-      here_UK = place_U[:, None], g, jnp.arange(k_UK.shape[1], dtype=jnp.int32)[None]
-      gpu_call.store(dv_out, here_UK, dot(p_UN.astype(v_UK.dtype), do_NK), mask_U1)
-      gpu_call.store(dk_out, here_UK, dot(dx_UN, q_NK) * scale, mask_U1)
-      p_out[g, pl.ds(line + i * STEP, STEP)] = head_sum(p_UN, T)
-      return dq_NK + dot(dx_UN.T, k_UK)
+      x_NU = dot(q_NK, k_UK.T) * (scale * LOG2E)
+      p_NU = jnp.where(on_NU, jnp.exp2(x_NU - lse_N1 * LOG2E), 0)
+      p_UN = p_NU.astype(v_UK.dtype).T
+      dv_out[place_U, g] = dot(p_UN, do_NK)
+      p_out[g, pl.ds(line + i * STEP, STEP)] = dot(p_UN, fold_NT)
+      dx_NU = (p_NU * (dot(do_NK, v_UK.T) - delta_N1)).astype(k_UK.dtype)
+      dk_out[place_U, g] = dot(dx_NU.T, q_NK) * scale
+      return dq_NK + dot(dx_NU, k_UK)
 
     dq_NK = jax.lax.fori_loop(begin, end, step, jnp.zeros(q_NK.shape, jnp.float32))
     dq_out[m, g] = dq_before_ref[m, g] + dq_NK * scale

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import gpu_call
-from pallas_kernels.dsa_attention.gpu_lists import STEP, Batch, dot, in_list, own_steps, selected
+from pallas_kernels.dsa_attention.gpu_lists import STEP, Batch, dot, own_steps, places, selected
 from pallas_kernels.indexer_warmup.xla import kl_end
 from pallas_kernels.mask import NEG_INF
 
@@ -86,7 +86,7 @@ def _loss(index_ref, word_ref, count_ref, q_ref, lse_ref, iq_ref, gate_ref, k_re
     m_T, l_T, part_T, mass_T = state
     here = pl.ds(i * STEP, STEP)
     index_U = index_ref[m, here]
-    on_UT = selected(word_ref[m, here], bit_T)
+    on_UT = selected(bit_T, word_ref[m, here]).T
     score_UT = scores(dot(ik_ref[index_U], iq_LJ.T), gate_L, T)
 
     def add(g, p_UT):
@@ -131,7 +131,7 @@ def gradients(heads: int, lists, span: Batch, queries: Queries, p_GCT, ik_SJ, su
   arrays = [*lists, *span[:-1], *queries, p_GCT, ik_SJ, *sums]
   *sums, dik_CJ = gpu_call.call(
       functools.partial(_gradients, heads=heads), (M, PARTS), arrays,
-      [*(float32(*x.shape) for x in sums), float32(p_GCT.shape[1], J)], warps=8, stages=2,
+      [*(float32(*x.shape) for x in sums), float32(p_GCT.shape[1] + 1, J)], warps=8, stages=2,
       aliases={len(arrays) - 2: 0, len(arrays) - 1: 1})
   return tuple(sums), dik_CJ
 
@@ -154,16 +154,15 @@ def _gradients(index_ref, word_ref, count_ref, first_ref, start_ref, before_ref,
       diq_LJ, dgate_L = state
       here = pl.ds(i * STEP, STEP)
       index_U = index_ref[m, here]
-      place_U = offset_ref[index_U] + before_ref[m, index_U]
-      ik_UJ, on_UT = ik_ref[index_U], selected(word_ref[m, here], bit_T)
+      place_U = places(index_U, i, m, count, offset_ref, before_ref, room)
+      ik_UJ, on_UT = ik_ref[index_U], selected(bit_T, word_ref[m, here]).T
       z_UL = dot(ik_UJ, iq_LJ.T)
       p_UT = sum(p_ref[g, pl.ds(line + i * STEP, STEP)] for g in range(G)) / heads
       x_UT = jnp.where(on_UT, scores(z_UL, gate_L, T) - index_lse_T[None], NEG_INF)
       dscore_UT = jnp.where(on_UT, jnp.exp(x_UT) - p_UT, 0) * dkl_T[None]
       dscore_UL = jnp.broadcast_to(dscore_UT[:, None], (STEP, L // T, T)).reshape(STEP, L)
       dz_UL = jnp.where(z_UL > 0, dscore_UL * gate_L[None], 0).astype(ik_UJ.dtype)
-      gpu_call.store(dik_out, (place_U[:, None], jnp.arange(J, dtype=jnp.int32)[None]), dot(dz_UL, iq_LJ),
-                     in_list(i, count)[:, None])
+      dik_out[place_U] = dot(dz_UL, iq_LJ)
       return diq_LJ + dot(dz_UL.T, ik_UJ), dgate_L + (jnp.maximum(z_UL, 0) * dscore_UL).sum(0)
 
     diq_LJ, dgate_L = jax.lax.fori_loop(begin, end, step, (jnp.zeros((L, J), jnp.float32), jnp.zeros(L, jnp.float32)))

@@ -100,14 +100,16 @@ def own_steps(first, room: int, start, count):
   return jnp.maximum(first - start, 0) // STEP, pl.cdiv(jnp.minimum(first + room - start, count), STEP)
 
 
-def in_list(i, count) -> jax.Array:
-  """Which entries of step i over a list are some, bool [U]."""
-  return i * STEP + jnp.arange(STEP, dtype=jnp.int32) < count
+def places(index_U, i, m, count, offset_ref, before_ref, room: int) -> jax.Array:
+  """Rows of the buffer of step i over the list of group m. Those behind its end share one that nobody reads: stores by
+  whole rows are wide ones, masked stores are not."""
+  mask_U = i * STEP + jnp.arange(STEP, dtype=jnp.int32) < count
+  return jnp.where(mask_U, offset_ref[index_U] + before_ref[m, index_U], room)
 
 
-def selected(word_U, bit_N) -> jax.Array:
-  """Which queries selected the keys, bool [U, N]."""
-  return (jnp.right_shift(word_U[:, None], bit_N[None]) & 1) > 0
+def selected(bit_N, word_U) -> jax.Array:
+  """Which queries selected the keys, bool [N, U]."""
+  return (jnp.right_shift(word_U[None], bit_N[:, None]) & 1) > 0
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -29,12 +29,17 @@ def dsa_decode(q_BTHK, pages: Pages, iq_BTIJ, gate_BTI, page_BN, length_B, *, to
   order_PS = jnp.arange(-(-capacity // index.TILE) * index.TILE, dtype=jnp.int32).reshape(-1, index.TILE)
   met = index.Tiles(order_PS, jnp.arange(len(order_PS), dtype=jnp.int32), -(-length_B // index.TILE))
 
-  key_TN = scores(front(iq_BTIJ), front(gate_BTI), pages, page_BN, length_B, T, order_PS)
+  score = functools.partial(scores, front(iq_BTIJ), front(gate_BTI), pages, page_BN, length_B, T)
+  low_T, stride = jnp.full(B * new, index.MASKED + 1), index.sample_stride(order_PS.size)
+  if order_PS.size > index.CANDIDATES:
+    few_TN, _ = score(stride, low_T)
+    low_T = index.bound(few_TN, jnp.repeat(length_B, new), stride, topk)
+  key_TN, number_TP = score(1, low_T)
   if topk >= capacity:
     every = keep_all((B * new,))
     key_T, last_T = search.key(every.threshold_BT), every.last_BT
   else:
-    key_T, last_T = index.kth(key_TN, met, topk)
+    key_T, last_T = index.kth(key_TN, number_TP, low_T, met, topk)
   picked = attention.lists(met, *index.words(key_TN, key_T, last_T, met))
   slot_BU = jax.vmap(lambda page_N, index_U: slots(page_N, index_U, pages))(page_BN, picked.index_MU)
 
@@ -49,38 +54,43 @@ def dsa_decode(q_BTHK, pages: Pages, iq_BTIJ, gate_BTI, page_BN, length_B, *, to
   return DecodeOutput(unstack(o_BGNK)[..., :K], unstack(lse_BGN), Selection(own(search.value(key_T)), own(last_T)))
 
 
-def scores(iq_BTIJ, gate_BTI, pages: Pages, page_BN, length_B, T: int, order_PS) -> jax.Array:
-  """int32 [B * new, N] as index.scores gives them, of which the last T of each sequence are tokens."""
-  (B, new, I, J), (P, S) = iq_BTIJ.shape, order_PS.shape
+def scores(iq_BTIJ, gate_BTI, pages: Pages, page_BN, length_B, T: int, stride: int, low_T):
+  """(key_TN, number_TP) as index.scores gives them, of every stride-th token. Of each sequence the last T of the rows
+  are tokens."""
+  (B, new, I, J), S = iq_BTIJ.shape, index.TILE
+  P = -(-page_BN.shape[1] * pages.ik_PAJ.shape[1] // (S * stride))
   heads, wide = (max(gpu_call.ceil_pow2(n), gpu_call.SMALLEST) for n in (I, J))
   iq_BTIJ = tiles.pad(tiles.pad(iq_BTIJ, 2, heads), 3, wide)
   gate_BTI = tiles.pad(gate_BTI.astype(jnp.float32), 2, heads)
-  eight = pages.ik_scale_PA is not None
-  scale = [pages.ik_scale_PA] if eight else []
-  kernel = functools.partial(_scores, T=T, S=S, eight=eight)
-  return gpu_call.call(kernel, (B, P), [iq_BTIJ, gate_BTI, page_BN, length_B, tiles.pad(pages.ik_PAJ, 2, wide), *scale],
-                       [jax.ShapeDtypeStruct((B * new, index.buffer_width(P * S)), jnp.int32)], warps=4, stages=2)[0]
+  scale = [] if pages.ik_scale_PA is None else [pages.ik_scale_PA]
+  return tuple(gpu_call.call(
+      functools.partial(_scores, T=T, S=S, stride=stride), (B, P),
+      [iq_BTIJ, gate_BTI, page_BN, length_B, low_T, tiles.pad(pages.ik_PAJ, 2, wide), *scale],
+      [index.int32(B * new, index.buffer_width(P * S)), index.int32(B * new, P)], warps=4, stages=2))
 
 
-def _scores(iq_ref, gate_ref, page_ref, length_ref, ik_ref, *refs, T, S, eight):
-  *scale_ref, key_out = refs
+def _scores(iq_ref, gate_ref, page_ref, length_ref, low_ref, ik_ref, *refs, T, S, stride):
+  *scale_ref, key_out, number_out = refs
   b, n = pl.program_id(0), pl.program_id(1)
   new, (pages, A), N = iq_ref.shape[1], ik_ref.shape[:2], page_ref.shape[1]
   length = length_ref[b]
+  for t in range(new):
+    number_out[b * new + t, n] = 0
 
-  @pl.when(n * S < length)
+  @pl.when(n * S * stride < length)
   def _():
-    place_S = n * S + jnp.arange(S, dtype=jnp.int32)
+    place_S = (n * S + jnp.arange(S, dtype=jnp.int32)) * stride
     written_S = place_S < length
     page_S = triton.load(page_ref.at[b, jnp.minimum(place_S // A, N - 1)], mask=written_S, other=0)
     page_S, slot_S = jnp.clip(page_S, 0, pages - 1), place_S % A
     ik_SJ = ik_ref[page_S, slot_S]
-    if eight:
+    if scale_ref:
       ik_SJ = (ik_SJ.astype(jnp.float32) * scale_ref[0][page_S, slot_S][:, None]).astype(iq_ref.dtype)
     for t in range(new):
       z_IS = index.dot(iq_ref[b, t], ik_SJ.T)
       score_S = (jnp.maximum(z_IS, 0) * gate_ref[b, t][:, None]).sum(0)
       order = length - new + t                     # of what is padding, or of a sequence of fewer tokens: negative
       seen_S = (place_S <= order) & written_S & (t >= new - T)
-      key_S = search.key(jnp.where(score_S == 0, 0.0, score_S))
-      key_out[b * new + t, pl.ds(n * S, S)] = jnp.where(seen_S, key_S, index.MASKED)
+      key_S = jnp.where(seen_S, search.key(jnp.where(score_S == 0, 0.0, score_S)), index.MASKED)
+      key_out[b * new + t, pl.ds(n * S, S)] = key_S
+      number_out[b * new + t, n] = index.count(key_S >= low_ref[b * new + t])
