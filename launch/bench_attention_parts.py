@@ -157,9 +157,8 @@ def programs(shape: Shape, phase: str, direction: str) -> dict[str, Callable]:
   if phase == 'decode':
     found |= {'sparse': lambda x: dsa_decode(x.q, *paged(x), topk=shape.topk).o_BTHK,
               'cudnn': lambda x: peers.cudnn_decode(x.q, x.k, x.v)}
-    if kernels:
-      found |= {'score': lambda x: bench_attention_gpu.decode_score(*paged(x)),
-                'selection': lambda x: bench_attention_gpu.decode_selection(*paged(x), topk=shape.topk)}
+    if kernels:                # one op: what its selection does not need is not computed
+      found |= {'selection': lambda x: dsa_decode(x.q, *paged(x), topk=shape.topk).selection}
     return found | {name: lambda x, fn=fn: fn(x.q, *x.heads_first) for name, fn in peers.HEADS_FIRST.items()}
   found |= {'sparse': lambda x: sparse(*x.everything).o_BTHK,
             'replay': lambda x: sparse(*x.everything, selection=x.selection).o_BTHK,

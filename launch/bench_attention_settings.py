@@ -42,7 +42,8 @@ class Setting(NamedTuple):
   unions: Sequence[int]        # lengths at which u is varied; elsewhere it is HEADLINE; () is all
   batches: Sequence[int]
   most: int                    # tokens of a decoding step in all its caches
-  parts: Sequence[str]         # programs that are timed (bench_attention_parts.programs)
+  parts: Sequence[str]         # programs of prefill that are timed (bench_attention_parts.programs)
+  decoding: Sequence[str]      # those of a decoding step
   blocked: int | None          # tokens up to which the part `dense` is measured
   side: int                    # of the matrix of the roofline
   numbers: int                 # of its array
@@ -59,8 +60,9 @@ CPU = Setting(
            f'fast as blocked dense attention at {CPU_LENGTH} tokens, and its attend grows at most as S^{CPU_EXPONENT}'),
     aims=[Aim(f'sparse prefill at {CPU_LENGTH} tokens', Part('prefill', 'forward', 'sparse'), CPU_LENGTH, CPU_RATIO)],
     exponent=CPU_EXPONENT, dtype='float32', lengths=(8192, 16384, 32768, 65536), unions=(), batches=(1,), most=1 << 40,
-    parts=('score', 'replay', 'selection', 'sparse', 'training', 'dense', 'masked_dense'), blocked=None, side=2048,
-    numbers=1 << 26, roof_calls=1, shortest=0, longest=float('inf'), workers=0, watched=True)
+    parts=('score', 'replay', 'selection', 'sparse', 'training', 'dense', 'masked_dense'),
+    decoding=('score', 'selection', 'sparse', 'dense', 'masked_dense'), blocked=None, side=2048, numbers=1 << 26,
+    roof_calls=1, shortest=0, longest=float('inf'), workers=0, watched=True)
 
 GPU_AIMS = [
     Aim('attend alone at 131072 tokens', Part('prefill', 'forward', 'attend'), 131072, 6),
@@ -75,7 +77,8 @@ GPU = Setting(
            'the same run: ' + ', '.join(f'{a.name} at least {a.least} times as fast' for a in GPU_AIMS)),
     aims=GPU_AIMS, exponent=None, dtype='bfloat16', lengths=(131072, 262144, 32768), unions=(131072,),
     batches=(16, 64), most=64 * 131072,
-    parts=('score', 'selection', 'sparse', 'training', 'reference', *DENSE), blocked=32768, side=8192, numbers=1 << 30,
+    parts=('score', 'selection', 'sparse', 'training', 'reference', 'dense', 'cudnn', 'tokamax'),
+    decoding=('selection', 'sparse', 'dense', 'cudnn', 'einsum', 'pallas'), blocked=32768, side=8192, numbers=1 << 30,
     roof_calls=20, shortest=0.05, longest=4.0, workers=12, watched=False)
 
 
@@ -122,7 +125,8 @@ def parts(setting: Setting, cell: Cell) -> list[str]:
   skipped = set() if cell.whole else once
   if setting.blocked and cell.tokens > setting.blocked:
     skipped |= {'dense'}
-  return [name for name in PROGRAMS[cell[:2]] if name in setting.parts and name not in skipped]
+  timed = setting.decoding if cell.phase == 'decode' else setting.parts
+  return [name for name in PROGRAMS[cell[:2]] if name in timed and name not in skipped]
 
 
 def title(cell: Cell) -> str:

@@ -15,8 +15,7 @@ from launch.bench_attention_parts import Shape
 from launch.bench_attention_record import record, summary, table
 from launch.bench_attention_settings import CPU, GPU, KINDS, Cell, Part
 from launch.bench_roofline import Roofline
-from pallas_kernels import gpu_call, tiles
-from pallas_kernels.index_select import gpu as index_gpu
+from pallas_kernels import gpu_call
 from pallas_kernels.index_select import index_select, reference, search, select_mask
 from tests.tolerances import assert_close
 
@@ -116,6 +115,7 @@ def test_a_gpu_starts_with_what_is_claimed():
   assert settings.parts(GPU, first) == ['cudnn', 'tokamax', 'score', 'selection', 'sparse', 'reference']
   assert settings.parts(GPU, other) == ['selection', 'sparse']
   assert 'dense' in settings.parts(GPU, first._replace(tokens=32768))
+  assert settings.parts(GPU, found[1]) == ['cudnn', 'einsum', 'pallas', 'selection', 'sparse']
   assert settings.parts(CPU, other) == ['score', 'sparse', 'replay']
   assert 'selection' in settings.parts(CPU, first)
   for phase, direction in KINDS:
@@ -208,7 +208,7 @@ def programs():
   x, results = parts.inputs(TINY, 64, 'random'), {}
   for kind in KINDS:
     cell = Cell(*kind, 64, 1, 'random', True)
-    y = parts.prepare(TINY, cell, CPU.parts, parts.last(x, 1) if cell.phase == 'decode' else x)
+    y = parts.prepare(TINY, cell, settings.parts(CPU, cell), parts.last(x, 1) if cell.phase == 'decode' else x)
     made = parts.programs(TINY, *kind)
     results[kind] = {name: jax.jit(made[name])(*parts.arguments(y, cell.direction))
                      for name in settings.parts(CPU, cell) + ['reference'] * (kind == KINDS[0])}
@@ -241,25 +241,16 @@ def test_dense_peers_of_a_decoding_step_agree():
   x = parts.decode_inputs(TINY, 64, 3)
   assert x.q.shape == (3, 1, 2, 8) and not np.array_equal(x.k[0], x.k[1])
   want = parts.programs(TINY, 'decode', 'forward')['dense'](x)
-  y = parts.prepare(TINY, Cell('decode', 'forward', 64, 3, 1, True), GPU.parts, x)
+  y = parts.prepare(TINY, Cell('decode', 'forward', 64, 3, 1, True), GPU.decoding, x)
   assert_close(bench_attention_peers.einsum(x.q, *y.heads_first), want)
   assert_close(bench_attention_peers.pallas(x.q, *y.heads_first, interpret=True), want)
 
 
-@pytest.mark.slow
-def test_scores_and_selections_of_the_gpu_kernels_alone(monkeypatch):
+def test_scores_of_the_gpu_kernels_alone(monkeypatch):
   monkeypatch.setattr(gpu_call, 'INTERPRET', True)
-  monkeypatch.setattr(tiles, 'KEYS', 16)
-  for name, value in (('SAMPLE', 16), ('CANDIDATES', 32), ('SCAN', 16)):
-    monkeypatch.setattr(index_gpu, name, value)
   x = parts.inputs(TINY, 64, 'random')
-  first = search.key(reference.score(x.iq, x.ik, x.gate)[0, :, 0])
-  assert_close(search.value(bench_attention_gpu.score(*(a[0] for a in x.index))), search.value(first))
-  x = parts.decode_inputs(TINY, 64, 2)
-  key, last = bench_attention_gpu.decode_selection(*parts.paged(x), topk=TINY.topk)
-  want = index_select(*x.index, topk=TINY.topk)
-  assert_close(search.value(key), want.threshold_BT[:, 0])
-  np.testing.assert_array_equal(last, want.last_BT[:, 0])
+  got = jax.jit(bench_attention_gpu.score)(*(a[0] for a in x.index))
+  assert_close(search.value(got), reference.score(x.iq, x.ik, x.gate)[0, :, 0])
 
 
 @pytest.mark.slow
@@ -285,7 +276,7 @@ def test_every_part_is_measured():
 def test_a_gpu_cell_is_measured_with_its_failures():
   """The setting of a GPU on a CPU: peers that need one are rows with an error, and what runs is bfloat16."""
   names = 'cudnn', 'pallas', 'einsum', 'selection', 'sparse', 'reference'
-  setting = GPU._replace(shortest=1e-3, workers=2, parts=names)
+  setting = GPU._replace(shortest=1e-3, workers=2, parts=names, decoding=names)
   cells = [Cell('prefill', 'forward', 64, 1, 4, True), Cell('decode', 'forward', 64, 2, 1, True)]
   said = []
   (_, prefill), (_, decode) = bench_attention.measure(TINY, cells, setting, ROOF, 2, said.append)
