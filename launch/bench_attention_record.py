@@ -15,6 +15,7 @@ from launch.bench_roofline import Roofline
 OFF = 0.02             # of an output from its definition, relative; bfloat16 alone leaves some 0.004
 PACKAGES = ('jax', 'jaxlib', 'jax-cuda13-plugin', 'jax-cuda12-plugin', 'nvidia-cudnn-cu13', 'nvidia-cudnn-cu12',
             'tokamax', 'numpy')
+DRIVER, NUMBER = pathlib.Path('/proc/driver/nvidia/version'), r' (\d+\.\d+(\.\d+)?) '
 
 
 def named(part: Part, union: int | str, tokens: int | None = None, batch: int = 1) -> str:
@@ -95,13 +96,9 @@ def record(rows: Sequence[dict], sizes: Sequence[int], setting: Setting, roof: R
 
 
 def hardware() -> str:
-  """The host, and in front of it the accelerator and its driver."""
+  """The host, and in front of it the accelerator."""
   device, host = jax.devices()[0], results.hardware()
-  if device.platform == 'cpu':
-    return host
-  file = pathlib.Path('/proc/driver/nvidia/version')
-  driver = re.search(r' (\d+\.\d+(\.\d+)?) ', file.read_text()) if file.exists() else None
-  return f'{device.device_kind}' + (f', driver {driver[1]}' if driver else '') + f'; {host}'
+  return host if device.platform == 'cpu' or device.device_kind in host else f'{device.device_kind}; {host}'
 
 
 def versions() -> dict[str, str]:
@@ -112,7 +109,7 @@ def versions() -> dict[str, str]:
       out[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
       pass
-  return out
+  return out | ({'driver': said[1]} if DRIVER.exists() and (said := re.search(NUMBER, DRIVER.read_text())) else {})
 
 
 def peak() -> int | None:

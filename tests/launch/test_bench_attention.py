@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from data_pipelines.errors import InputError
-from launch import bench_attention, bench_attention_gpu, bench_attention_peers, bench_roofline, kernels_page
+from launch import (
+  bench_attention,
+  bench_attention_gpu,
+  bench_attention_peers,
+  bench_attention_record,
+  bench_roofline,
+  kernels_page,
+)
 from launch import bench_attention_parts as parts
 from launch import bench_attention_settings as settings
 from launch.bench_attention_parts import Shape
@@ -188,6 +195,14 @@ def test_a_gpu_is_judged_against_the_fastest_dense_attention():
   assert summary(gpu_rows()[:4]) == 'cudnn 2000.00 ms, einsum 3000.00 ms, attend 316.67 ms, tokamax: ValueError: no'
   said = table(out)
   assert 'ValueError: no' in said and 'left out: tokamax' in said and 'batch 64' in said
+
+
+def test_versions_name_the_driver(tmp_path, monkeypatch):
+  assert bench_attention_record.versions()['jax'] == jax.__version__
+  file = tmp_path / 'version'
+  file.write_text('NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (root)\n')
+  monkeypatch.setattr(bench_attention_record, 'DRIVER', file)
+  assert bench_attention_record.versions()['driver'] == '580.159.04'
 
 
 @pytest.mark.parametrize('change, why', [
