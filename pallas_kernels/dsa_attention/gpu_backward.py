@@ -21,6 +21,7 @@ from pallas_kernels.dsa_attention import gpu_indexer, gpu_lists
 from pallas_kernels.dsa_attention.gpu_indexer import LOG2E, float32
 from pallas_kernels.dsa_attention.gpu_lists import STEP, dot, own_steps, places, selected
 
+FOLD = 64              # rows of the product that sums over heads, the fewest that a warp group multiplies
 ROWS = 2**18           # of the buffer: at 4 KV heads of 128 1 GiB, and lists of 8192 keys for all cores of an H100
 
 
@@ -37,17 +38,19 @@ def gradients(scale: float, heads: int, want_kl: bool, lists, q_MGNK, do_MGNK, l
   inverse = gpu_lists.invert(index_MU, count_M, S)
   queries = gpu_indexer.Queries(*gpu_indexer.stack(iq_MITJ, gate_MTI), index_lse_MT, dkl_MT)
 
+  fold_FN = (jnp.arange(FOLD)[:, None] == jnp.arange(N) % T).astype(q_MGNK.dtype)
+
   def one(state):
     first, dq_MGNK, sums, dkeys = state
     span = gpu_lists.batch(inverse, first, room)
-    arrays = [*lists, *span[:-1], q_MGNK, do_MGNK, lse_MGN, delta_MGN, k_SGK, v_SGK, dq_MGNK]
-    dq_MGNK, dk_CGK, dv_CGK, p_GCT = gpu_call.call(
-        functools.partial(_gradients, scale=scale, T=T), (M, G), arrays,
-        [float32(M, G, N, K), float32(room + 1, G, K), float32(room + 1, G, K), float32(G, room, T)], warps=8, stages=2,
+    arrays = [*lists, *span[:-1], q_MGNK, do_MGNK, lse_MGN, delta_MGN, k_SGK, v_SGK, fold_FN, dq_MGNK]
+    dq_MGNK, dk_CGK, dv_CGK, p_GTC = gpu_call.call(
+        functools.partial(_gradients, scale=scale, T=T, want_kl=want_kl), (M, G), arrays,
+        [float32(M, G, N, K), float32(room + 1, G, K), float32(room + 1, G, K), float32(G, T, room)], warps=8, stages=2,
         aliases={len(arrays) - 1: 0})
     rows = [dk_CGK, dv_CGK]
     if want_kl:
-      sums, dik_CJ = gpu_indexer.gradients(heads, lists, span, queries, p_GCT, ik_SJ, sums)
+      sums, dik_CJ = gpu_indexer.gradients(heads, lists, span, queries, p_GTC, ik_SJ, sums)
       rows.append(dik_CJ)
     n = len(rows)
     added = gpu_call.call(_add, (S,), [span.offset_S, span.total_S, *rows, *dkeys[:n]],
@@ -57,20 +60,21 @@ def gradients(scale: float, heads: int, want_kl: bool, lists, q_MGNK, do_MGNK, l
 
   start = jnp.int32(0), jnp.zeros((M, G, N, K)), gpu_indexer.zeros(queries), tuple(carry)
   _, dq_MGNK, sums, dkeys = jax.lax.while_loop(lambda state: state[0] < inverse.length, one, start)
-  return dkeys, (dq_MGNK, *gpu_indexer.unstack(sums, T))
+  return dkeys, (dq_MGNK, *gpu_indexer.of_queries(sums, queries, T))
 
 
 def _gradients(index_ref, word_ref, count_ref, first_ref, start_ref, before_ref, offset_ref, q_ref, do_ref, lse_ref,
-               delta_ref, k_ref, v_ref, dq_before_ref, dq_out, dk_out, dv_out, p_out, *, scale, T):
+               delta_ref, k_ref, v_ref, fold_ref, dq_before_ref, dq_out, dk_out, dv_out, p_out, *, scale, T, want_kl):
   m, g = pl.program_id(0), pl.program_id(1)
-  line, count, room = start_ref[m] - first_ref[0], count_ref[m], p_out.shape[1]
+  line, count, room = start_ref[m] - first_ref[0], count_ref[m], p_out.shape[2]
   begin, end = own_steps(first_ref[0], room, start_ref[m], count)
 
   @pl.when(begin < end)
   def _():
     q_NK, do_NK, lse_N1, delta_N1 = q_ref[m, g], do_ref[m, g], lse_ref[m, g][:, None], delta_ref[m, g][:, None]
     bit_N = jnp.arange(len(q_NK), dtype=jnp.int32) % T
-    fold_NT = (bit_N[:, None] == jnp.arange(T, dtype=jnp.int32)[None]).astype(q_NK.dtype)
+    row_F1 = jnp.arange(FOLD, dtype=jnp.int32)[:, None]
+    fold_FN = fold_ref[...]
 
     def step(i, dq_NK):
       here = pl.ds(i * STEP, STEP)
@@ -80,11 +84,13 @@ def _gradients(index_ref, word_ref, count_ref, first_ref, start_ref, before_ref,
       k_UK, v_UK = k_ref[index_U, g], v_ref[index_U, g]
       x_NU = dot(q_NK, k_UK.T) * (scale * LOG2E)
       p_NU = jnp.where(on_NU, jnp.exp2(x_NU - lse_N1 * LOG2E), 0)
-      p_UN = p_NU.astype(v_UK.dtype).T
-      dv_out[place_U, g] = dot(p_UN, do_NK)
-      p_out[g, pl.ds(line + i * STEP, STEP)] = dot(p_UN, fold_NT)
+      few_NU = p_NU.astype(v_UK.dtype)
+      dv_out[place_U, g] = dot(do_NK.T, few_NU).T
+      if want_kl:
+        line_1U = line + i * STEP + jnp.arange(STEP, dtype=jnp.int32)[None]
+        gpu_call.store(p_out, (g, row_F1, line_1U), dot(fold_FN, few_NU), row_F1 < T)
       dx_NU = (p_NU * (dot(do_NK, v_UK.T) - delta_N1)).astype(k_UK.dtype)
-      dk_out[place_U, g] = dot(dx_NU.T, q_NK) * scale
+      dk_out[place_U, g] = dot(q_NK.T, dx_NU).T * scale
       return dq_NK + dot(dx_NU, k_UK)
 
     dq_NK = jax.lax.fori_loop(begin, end, step, jnp.zeros(q_NK.shape, jnp.float32))
