@@ -57,6 +57,12 @@ def test_kernels_page_shows_what_was_recorded():
   assert shown == kernels_page.block(json.loads((results.FOLDER / 'kernels_aot.json').read_text()))
 
 
+def test_kernels_page_shows_what_was_timed():
+  shown = kernels_page.PAGE.read_text().split(kernels_page.TIMED_START)[1].split(kernels_page.END)[0].strip()
+  recorded = kernels_page.TIMED
+  assert shown == kernels_page.block_timed(json.loads(recorded.read_text()) if recorded.exists() else None)
+
+
 def test_scale_page_shows_what_was_recorded():
   shown = scale_page.PAGE.read_text().split(scale_page.START)[1].split(scale_page.END)[0].strip()
   assert shown == scale_page.block(json.loads((results.FOLDER / 'scale.json').read_text()))
