@@ -16,7 +16,7 @@ from data_pipelines.tokenizer import Tokenizer
 SUFFIXES = ('.py', '.md', '.rst', '.txt')
 # Folders: packages of others, tests, and Python's tables of characters, a third of its library and no text.
 SKIPPED = ('site-packages', '__pycache__', 'test', 'tests', 'idle_test', 'encodings')
-HELD_OUT = 10         # one file in so many
+HELD_OUT = 5          # one file in so many
 FRAME = 8             # tokens kept free for the conversation around the text
 
 

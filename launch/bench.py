@@ -61,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--union', choices=('1', '2', '4', '8', 'random'), **chosen)
   parser.add_argument('--phase', choices=('prefill', 'decode'), **chosen)
   parser.add_argument('--direction', choices=('forward', 'backward'), **chosen)
+  parser.add_argument('--batch', type=int, metavar='SEQUENCES', **chosen)
+  parser.add_argument('--seconds', type=float, default=float('inf'),
+                      help='`attention`: begin nothing after so long; what is left out is in the record')
   parser.add_argument('--ranks', type=int, default=8, help='`balance`: groups of devices that share a row')
   parser.add_argument('--batches', type=int, default=20, help='`balance`: steps')
   parser.add_argument('--seed', type=int, default=0, help='`balance`')
@@ -71,8 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   if config_args:
     raise InputError(f'keye bench takes no {config_args[0]}')
-  if args.rounds < 1 or args.threads < 1:
-    raise InputError('keye bench: --rounds and --threads must be at least 1')
+  if args.rounds < 1 or args.threads < 1 or min(args.batch or [1]) < 1:
+    raise InputError('keye bench: --rounds, --threads and --batch must be at least 1')
   if args.what == 'video':
     from launch import bench_video
     return bench_video.run(args)
@@ -146,9 +149,11 @@ class Peer:
 
 def measure(tasks: Sequence[Task], bench_model, peer: Peer | None, rounds: int) -> dict[str, bench_rounds.Rounds]:
   import jax
+
+  from launch import bench_timing
   config = bench_model.MODEL
   params = bench_model.keye.init(config, jax.random.key(0))
-  probe, pids = bench_model.probe(), [peer.process.pid] if peer else []
+  probe, pids = bench_timing.probe(), [peer.process.pid] if peer else []
   found, started = {}, time.monotonic()
   for n, task in enumerate(tasks):
     make = getattr(bench_model, task.kind)

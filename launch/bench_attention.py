@@ -1,11 +1,11 @@
 """`keye bench attention`: one layer's attention in the shape of Keye-VL-2.0-30B-A3B as the row grows: dense, masked
 dense and sparse.
 
-32 query and 4 KV heads of 128, an indexer of 16 heads of 64, k = 2048, float32. What sparse attention costs depends on
-how far the picks of neighbouring queries agree: u(16), the keys that 16 neighbours select together over k, is 1 when
-they are the same. Inputs are made, from a seed, so that u is about 1, 2, 4 and 8 at the end of the row, and 'random'
-for queries that have nothing in common; what u really is stands in each row, since short rows do not hold enough keys
-for a large one.
+32 query and 4 KV heads of 128, an indexer of 16 heads of 64, k = 2048. What sparse attention costs depends on how far
+the picks of neighbouring queries agree: u(16), the keys that 16 neighbours select together over k, is 1 when they are
+the same. Inputs are made, from a seed, so that u is about 1, 2, 4 and 8 at the end of the row, and 'random' for queries
+that have nothing in common; what u really is stands in each row, since short rows do not hold enough keys for a large
+one.
 
     dense          blocked dense attention
     masked_dense   the fused op over every key tile that holds a selected key, under the mask of the selection
@@ -13,136 +13,168 @@ for a large one.
                    indexer's loss; in decoding caches in pages (pallas_kernels/dsa_decode)
     score          all index scores, reduced to their maxima
     select         what the exact top-k adds to that
-    attend         replay of a selection less its scores; in decoding `sparse` less a selection
+    selection      both together, where scores were not timed beside it
+    attend         replay of a selection less its scores; on a GPU and in decoding `sparse` less a selection
     training       backward only: the fused op with the indexer's loss and all gradients, what an update runs
 
 Backward is the forward pass and the gradients of q, k and v; decode one new token after the others. Rows that do not
 depend on u are measured once, beside the inputs of u = 4, or beside the first when that is not asked for. Each has its
 FLOPs, least bytes and the fraction of this device's roofline, which is measured in the same run.
+
+On a CPU all is float32, and other processes make a run void. On a GPU it is bfloat16, in rows of up to 262144 tokens
+and decoding steps of 16 and 64 sequences, and dense attention is that of others, timed in the same rounds
+(launch/bench_attention_peers.py); our own, which is made for CPUs and starts many small programs there, only up to
+32768 tokens. Programs are compiled ahead, by as many cores as `--threads` allows, and the cells that the claim needs
+come first. The output of the last queries is compared with the definition of sparse attention there (`off`).
+
+`--out` is written after each cell. `--seconds` ends the run at the first cell after so long; what it leaves out is in
+the record. A part that fails is a row with its error.
 """
 import argparse
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.errors import InputError
 from launch import bench_attention_parts as parts
-from launch import bench_model, bench_roofline, bench_rounds, results
-from launch.bench_attention_parts import Part, Shape
-
-LENGTHS = (8192, 16384, 32768, 65536)
-UNIONS = (1, 2, 4, 8, 'random')
-KINDS = (('prefill', 'forward'), ('prefill', 'backward'), ('decode', 'forward'))
-HEADLINE = 4                   # of the aims
-AIM_LENGTH, AIM_RATIO, AIM_EXPONENT = 65536, 1.2, 1.1
-CLAIM = (f'on a CPU at Keye\'s block shape and u = {HEADLINE}, sparse attention is at least {AIM_RATIO} times as fast '
-         f'as blocked dense attention at {AIM_LENGTH} tokens, and its attend grows at most as S^{AIM_EXPONENT}')
-
-
-class What(NamedTuple):
-  lengths: Sequence[int] = LENGTHS
-  unions: Sequence[int | str] = UNIONS
-  kinds: Sequence[tuple[str, str]] = KINDS       # (phase, direction)
+from launch import bench_attention_peers as peers
+from launch import bench_attention_settings as settings
+from launch import bench_roofline, bench_rounds
+from launch.bench_attention_compile import Made, compiled, first_lines, key
+from launch.bench_attention_parts import Shape
+from launch.bench_attention_record import record, summary, table
+from launch.bench_attention_settings import KINDS, UNIONS, Cell, Part, Setting
+from launch.bench_timing import probe, timed
+from pallas_kernels import dispatch
 
 
 def run(args: argparse.Namespace) -> int:
   """Called by launch/bench.py once the threads are limited."""
-  what, shape = chosen(args), Shape()
-  roof = bench_roofline.measure()
-  rows = measure(shape, what, roof, args.rounds, lambda text: print(text, file=sys.stderr, flush=True))
-  out = record(rows, what.lengths, roof, args.rounds)
-  if args.out:
-    pathlib.Path(args.out).write_text(json.dumps(out, indent=1) + '\n')
-  print(json.dumps(out) if args.json else table(out))
+  started = time.monotonic()
+  setting, say = settings.of(dispatch.platform()), lambda text: print(text, file=sys.stderr, flush=True)
+  absent = {name: why for name, why in peers.missing().items() if name in setting.parts}
+  setting = setting._replace(parts=[name for name in setting.parts if name not in absent])
+  left = chosen(args, setting)
+  roof = bench_roofline.measure(setting.dtype, setting.side, setting.numbers, calls=setting.roof_calls)
+  rows, lengths = [], sorted({cell.tokens for cell in left})
+  omitted = lambda: [f'{name}: {why}' for name, why in absent.items()] + [settings.title(cell) for cell in left]
+  out = lambda: record(rows, lengths, setting, roof, args.rounds, omitted())
+  for cell, found in measure(Shape(), list(left), setting, roof, args.rounds, say, started + args.seconds):
+    rows += found
+    left.remove(cell)
+    say('  ' + summary(found))
+    if args.out:
+      save(pathlib.Path(args.out), out())
+  print(json.dumps(out()) if args.json else table(out()))
   return 0
 
 
-def chosen(args: argparse.Namespace) -> What:
+def save(path: pathlib.Path, out: dict) -> None:
+  """A run that is killed leaves the record of its last cell, whole."""
+  beside = path.with_name(path.name + '.part')
+  beside.write_text(json.dumps(out, indent=1) + '\n')
+  beside.replace(path)
+
+
+def chosen(args: argparse.Namespace, setting: Setting) -> list[Cell]:
   """Raises InputError for a length at which nothing is left out, or when no row is left."""
-  lengths = sorted(set(args.length or LENGTHS))
+  lengths = sorted(set(args.length or setting.lengths))
   if lengths[0] <= Shape().topk:
     raise InputError(f'--length {lengths[0]}: a row needs more than k = {Shape().topk} tokens, '
                      'else all of them are selected')
   kinds = [k for k in KINDS if k[0] in (args.phase or k) and k[1] in (args.direction or k)]
   if not kinds:
     raise InputError('decoding has no backward pass; choose another --phase or --direction')
-  return What(lengths, [u for u in UNIONS if str(u) in (args.union or map(str, UNIONS))], kinds)
+  if args.length:
+    setting = setting._replace(unions=())
+  unions = [u for u in UNIONS if str(u) in (args.union or map(str, UNIONS))]
+  return settings.cells(setting, lengths, unions, kinds, sorted(set(args.batch or setting.batches)))
 
 
-def measure(shape: Shape, what: What, roof: bench_roofline.Roofline, rounds: int,
-            say: Callable[[str], None]) -> list[dict]:
-  """One row a part, length and u: seconds (best and median of the rounds), FLOPs, bytes, fraction of the roofline,
-  temporaries, whether void."""
-  probe, rows = bench_model.probe(), []
-  once = HEADLINE if HEADLINE in what.unions else what.unions[0]
-  for n in what.lengths:
-    for union in what.unions:
-      x = parts.inputs(shape, n, union)
-      u = parts.union_factor(shape, x)
-      for phase, direction in what.kinds:
-        if phase == 'decode' and union != once:         # one query shares with nobody
-          continue
-        made = {name: (jax.jit(fn).lower(*a).compile(), a) for name, (fn, a) in
-                parts.programs(shape, x, phase, direction, union == once).items()}
-        warm = sum(bench_model.timed(fn, *a)[0] for fn, a in made.values())
-        say(f'{n} tokens, u = {u:.2f}, {phase} {direction}: about {warm * rounds:.0f} s')
-        sides = {name: lambda fn=fn, a=a: bench_model.timed(fn, *a)[0] for name, (fn, a) in made.items()}
-        found = bench_rounds.alternate(sides, probe, rounds)
-        for name, seconds in parts.differences(found.seconds).items():
-          need = parts.work(shape, n, Part(phase, direction, name), u)
-          best, program = min(seconds), made.get(name)
-          rows.append({'phase': phase, 'direction': direction, 'part': name, 'tokens': n, 'union': union,
-                       'u': round(u, 3), 'seconds': {'best': best, 'median': float(np.median(seconds))}, **need,
-                       'roofline': bench_roofline.fraction(roof, need['flops'], need['bytes'], best),
-                       'temp bytes': program and program[0].memory_analysis().temp_size_in_bytes,
-                       'void': bench_rounds.void(found)})
+def measure(shape: Shape, cells: Sequence[Cell], setting: Setting, roof: bench_roofline.Roofline, rounds: int,
+            say: Callable[[str], None], until: float = float('inf')) -> Iterator[tuple[Cell, list[dict]]]:
+  """Each cell with its rows, one a part; no cell begins after `until` on the monotonic clock."""
+  made: Made = compiled(shape, cells, setting, say, until) if setting.workers else {}
+  for cell in cells:
+    if time.monotonic() >= until:
+      return
+    if not setting.workers:
+      made |= compiled(shape, [cell], setting, say, until, made)
+    yield cell, measure_cell(shape, cell, setting, made, roof, rounds, say)
+
+
+def measure_cell(shape: Shape, cell: Cell, setting: Setting, made: Made, roof: bench_roofline.Roofline, rounds: int,
+                 say: Callable[[str], None]) -> list[dict]:
+  """One row a part: seconds (best and median of the rounds), FLOPs, bytes, fraction of the roofline, temporaries,
+  whether void; or the error of a part. Whatever a device or a compiler raises is the result of a row."""
+  about = {'phase': cell.phase, 'direction': cell.direction, 'tokens': cell.tokens, 'batch': cell.batch,
+           'union': cell.union}
+  names = settings.parts(setting, cell)
+  failed = lambda names, why: [{**about, 'part': name, 'error': why} for name in names]
+  try:
+    x, u = prepared(shape, cell, setting, names)
+  except Exception as e:
+    return failed(names, first_lines(e))
+  a, rows, programs, calls, once, ends = parts.arguments(x, cell.direction), [], {}, {}, 0.0, {}
+  for name in names:
+    program = made[key(cell, name)]
+    if isinstance(program, str):
+      rows += failed([name], program)
+      continue
+    try:
+      seconds, out = warm(program, a, setting.shortest)
+    except Exception as e:
+      rows += failed([name], first_lines(e))
+      continue
+    if cell[:2] == ('prefill', 'forward') and name in ('sparse', 'reference'):
+      ends[name] = out[:, -parts.CHECKED:]
+    del out
+    if name != 'reference':
+      programs[name], calls[name] = program, max(int(setting.shortest / max(seconds, 1e-6)), 1)
+      once += seconds * calls[name]
+  count = int(min(rounds, max(2, setting.longest / max(once, 1e-6))))
+  say(f'{settings.title(cell)}: u = {u:.2f}, about {once * count:.0f} s')
+  sides = {name: lambda fn=fn, n=calls[name]: timed(fn, *a, calls=n)[0] for name, fn in programs.items()}
+  try:
+    found = bench_rounds.alternate(sides, probe() if setting.watched else None, count)
+  except Exception as e:
+    return rows + failed(programs, first_lines(e))
+  width = jnp.dtype(setting.dtype).itemsize
+  for name, seconds in parts.differences(found.seconds).items():
+    need = parts.work(shape, cell.tokens, Part(cell.phase, cell.direction, name), u, cell.batch, width)
+    best, program = min(seconds), programs.get(name)
+    rows.append({**about, 'part': name, 'u': round(u, 3), 'rounds': count,
+                 'seconds': {'best': best, 'median': float(np.median(seconds))}, **need,
+                 'roofline': bench_roofline.fraction(roof, need['flops'], need['bytes'], best),
+                 'temp bytes': program and program.memory_analysis().temp_size_in_bytes,
+                 'off': off(**ends) if name == 'sparse' and len(ends) == 2 else None,
+                 'void': bench_rounds.void(found)})
   return rows
 
 
-def record(rows: list[dict], sizes: Sequence[int], roof: bench_roofline.Roofline, rounds: int) -> dict:
-  """The evidence record: exponents of growth, how much faster than dense attention, the two aims, and whether the rows
-  show them."""
-  seconds = {(Part(r['phase'], r['direction'], r['part']), r['union'], r['tokens']): r['seconds']['best'] for r in rows}
-  growth = {}
-  for part, union in dict.fromkeys((part, union) for part, union, _ in seconds):
-    of = [seconds[part, union, n] for n in sizes]
-    growth[', '.join(part) + f', u = {union}'] = (
-        bench_rounds.exponent(sizes, of) if len(sizes) > 1 and min(of) > 0 else None)
-  dense = {(part[:2], n): s for (part, _, n), s in seconds.items() if part.name == 'dense'}
-  faster = {f'{", ".join(part)}, u = {union}, {n} tokens': dense[part[:2], n] / s
-            for (part, union, n), s in seconds.items()
-            if part.name in ('masked_dense', 'sparse') and s > 0 and (part[:2], n) in dense}
-  why = sorted({r['void'] for r in rows if r['void']})
-  name = f'prefill, forward, {{}}, u = {HEADLINE}'
-  ratio, power = faster.get(f'{name.format("sparse")}, {AIM_LENGTH} tokens'), growth.get(name.format('attend'))
-  if ratio is None:
-    why.append(f'nothing was measured at {AIM_LENGTH} tokens and u = {HEADLINE}')
-  elif ratio < AIM_RATIO:
-    why.append(f'{ratio:.2f} times as fast at {AIM_LENGTH} tokens, less than {AIM_RATIO}')
-  if power is None or power > AIM_EXPONENT:
-    why.append(f'attend grows as S^{power:.2f}' if power else 'the growth of attend was not measured')
-  return {'claim': CLAIM, 'command': results.command(sys.argv[1:]), 'commit': results.commit(),
-          'hardware': results.hardware(), 'versions': results.versions(), 'n': rounds, 'baselines': {}, 'arms': {},
-          'intervals': {}, 'roofline': roof._asdict(), 'rows': rows, 'exponents': growth,
-          'times as fast as dense': faster, 'verdict': 'not shown' if why else 'shown', 'why': '; '.join(why)}
+def prepared(shape: Shape, cell: Cell, setting: Setting, names: Sequence[str]) -> tuple[parts.Inputs, float]:
+  """(inputs of a cell, their u)."""
+  if cell.phase == 'decode':
+    x, u = parts.decode_inputs(shape, cell.tokens, cell.batch, setting.dtype), 1.0
+  else:
+    x = parts.inputs(shape, cell.tokens, cell.union, setting.dtype)
+    u = parts.union_factor(shape, x)
+  return parts.prepare(shape, cell, names, x), u
 
 
-def table(out: dict) -> str:
-  lines = [f'{"phase":<8} {"direction":<9} {"part":<13} {"u":>7} {"tokens":>8} {"best s":>9} {"GFLOP/s":>8} {"GB":>8} '
-           f'{"roofline":>8} {"temp MiB":>9}']
-  for r in out['rows']:
-    s = r['seconds']['best']
-    speed = f'{r["flops"] / s / 1e9:.1f}' if s > 0 and r['flops'] else '-'
-    share = f'{r["roofline"]:.2f}' if r['roofline'] is not None else '-'
-    temp = f'{r["temp bytes"] / 2**20:.0f}' if r['temp bytes'] is not None else '-'
-    lines.append(f'{r["phase"]:<8} {r["direction"]:<9} {r["part"]:<13} {r["u"]:>7.2f} {r["tokens"]:>8} {s:>9.3f} '
-                 f'{speed:>8} {r["bytes"] / 1e9:>8.2f} {share:>8} {temp:>9}' + ('  VOID' if r['void'] else ''))
-  lines.append('roofline: {flops:.3g} FLOP/s, {bandwidth:.3g} bytes/s'.format(**out['roofline']))
-  lines += [f'{name}: S^{power:.2f}' for name, power in out['exponents'].items() if power is not None]
-  lines += [f'{name}: {ratio:.2f} times as fast as dense' for name, ratio in out['times as fast as dense'].items()]
-  return '\n'.join([*lines, f'{out["verdict"]}: {out["why"] or out["claim"]}'])
+def warm(program: Callable, a: tuple, shortest: float) -> tuple[float, jax.Array]:
+  """(seconds, result) of the first call; of the second, where a program is short and calls are counted by them."""
+  seconds, out = timed(program, *a)
+  return timed(program, *a) if seconds < 20 * shortest else (seconds, out)
+
+
+def off(sparse: jax.Array, reference: jax.Array) -> float:
+  """Norm of the difference over the norm."""
+  sparse, reference = sparse.astype(jnp.float32), reference.astype(jnp.float32)
+  return float(jnp.linalg.norm((sparse - reference).reshape(-1)) / jnp.linalg.norm(reference.reshape(-1)))

@@ -1,29 +1,27 @@
 """What `keye bench attention` times: seeded inputs whose picks overlap as far as asked for, the program of each part,
 and the FLOPs and bytes that a part needs.
 
-T tokens, S keys, H query heads, G KV heads, K head dim, I indexer heads, J indexer head dim.
+B sequences, T tokens, S keys, H query heads, G KV heads, K head dim, I indexer heads, J indexer head dim.
 """
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from launch.bench_dsa import score_maxima
+from launch import bench_attention_gpu
+from launch import bench_attention_peers as peers
+from launch.bench_attention_settings import DENSE, Cell, Part
+from pallas_kernels import dispatch
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.dsa_attention import dsa_attention
 from pallas_kernels.dsa_decode import PAGE, Pages, dsa_decode
-from pallas_kernels.index_select import Selection, index_select, select_mask
+from pallas_kernels.index_select import Selection, index_select, reference, xla
+from pallas_kernels.mask import visible
 
 NEIGHBOURS = 16                # queries of u
-BYTES = 4                      # float32
-
-
-class Part(NamedTuple):
-  phase: str         # prefill or decode
-  direction: str     # forward, or backward: with the forward pass it needs
-  name: str
+CHECKED = 16                   # last queries of a row that are computed as their definition
 
 
 class Shape(NamedTuple):
@@ -36,7 +34,7 @@ class Shape(NamedTuple):
 
 
 class Inputs(NamedTuple):
-  """A row of T tokens, arrays with a leading 1."""
+  """B rows of T queries and S keys."""
   q: jax.Array
   k: jax.Array
   v: jax.Array
@@ -44,6 +42,8 @@ class Inputs(NamedTuple):
   ik: jax.Array
   gate: jax.Array
   place: tuple[jax.Array, ...]      # segments of queries and keys, orders of queries and keys
+  selection: Selection | None = None
+  heads_first: tuple[jax.Array, jax.Array] | None = None     # k and v, [B, G, S, K]
 
   @property
   def index(self):
@@ -54,25 +54,52 @@ class Inputs(NamedTuple):
     return self.q, self.k, self.v, *self.index
 
 
-def inputs(shape: Shape, n: int, union: int | str, seed: int = 0) -> Inputs:
-  """Random attention inputs; index queries of 16 neighbours share a direction as far as u = `union` at the row's end
-  asks for, found by bisection on the last queries."""
-  keys = iter(jax.random.split(jax.random.fold_in(jax.random.key(seed), n), 7))
-  normal = lambda *s: jax.random.normal(next(keys), (1, *s))
-  q, k, v = (normal(n, h, shape.width) for h in (shape.heads, shape.kv_heads, shape.kv_heads))
-  ik, own = normal(n, shape.index_width), normal(n, shape.index_heads, shape.index_width)
-  common = jnp.repeat(normal(-(-n // NEIGHBOURS), shape.index_heads, shape.index_width), NEIGHBOURS, 1)[:, :n]
-  gate = jnp.full((1, n, shape.index_heads), shape.index_width ** -0.5)
-  segment, order = jnp.full((1, n), 1 << 8, jnp.int32), jnp.arange(n, dtype=jnp.int32)[None]
-  make = lambda noise: Inputs(q, k, v, common * (1 - noise ** 2) ** 0.5 + own * noise, ik, gate,
-                              (segment, segment, order, order))
+def draw(shape: Shape, n: int, batch: int, queries: int, dtype: str, seed: int) -> tuple[Inputs, jax.Array]:
+  """Random inputs of the last `queries` of n tokens, and index queries that each NEIGHBOURS queries have in common.
+  One row at a time, so that nothing wider than dtype is ever held."""
+  def normal(n, count, *s):
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), n), batch)
+    return jax.lax.map(lambda key: jax.random.normal(key, (count, *s), dtype), keys)
+
+  q, iq = normal(0, queries, shape.heads, shape.width), normal(1, queries, shape.index_heads, shape.index_width)
+  k, v = (normal(i, n, shape.kv_heads, shape.width) for i in (2, 3))
+  common = normal(5, -(-queries // NEIGHBOURS), shape.index_heads, shape.index_width)
+  gate = jnp.full((batch, queries, shape.index_heads), shape.index_width ** -0.5)
+  order = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (batch, n))
+  segment = jnp.full((batch, n), 1 << 8, jnp.int32)
+  place = segment[:, n - queries:], segment, order[:, n - queries:], order
+  return Inputs(q, k, v, iq, normal(4, n, shape.index_width), gate, place), common
+
+
+def mix(own, common, noise):
+  """Index queries that are `common` to their neighbours as far as noise, 0 to 1, allows."""
+  common = jnp.repeat(common.astype(jnp.float32), NEIGHBOURS, 1)[:, :own.shape[1]]
+  return (common * (1 - noise ** 2) ** 0.5 + own.astype(jnp.float32) * noise).astype(own.dtype)
+
+
+_draw, _mix = jax.jit(draw, static_argnums=range(6)), jax.jit(mix, donate_argnums=0)
+
+
+def inputs(shape: Shape, n: int, union: int | str, dtype: str = 'float32', seed: int = 0) -> Inputs:
+  """A row of n tokens; index queries of neighbours share a direction as far as u = `union` at the row's end asks for,
+  found by bisection on the last queries."""
+  x, common = _draw(shape, n, 1, n, dtype, seed)
   if union == 'random':
-    return make(1.0)
+    return x
+  count = min(n - n % NEIGHBOURS, 4 * NEIGHBOURS)
+  cut = n - n % NEIGHBOURS - count
+  end = last(x, n - cut)
   low, high = 0.0, 1.0
   for _ in range(0 if union == 1 else 12):
     middle = (low + high) / 2
-    low, high = (middle, high) if union_factor(shape, make(middle)) < union else (low, middle)
-  return make(low)
+    tried = end._replace(iq=mix(end.iq, common[:, cut // NEIGHBOURS:], middle))
+    low, high = (middle, high) if union_factor(shape, tried) < union else (low, middle)
+  return x._replace(iq=_mix(x.iq, common, low))
+
+
+def decode_inputs(shape: Shape, n: int, batch: int, dtype: str = 'float32', seed: int = 0) -> Inputs:
+  """The last token of `batch` rows of n tokens."""
+  return _draw(shape, n, batch, 1, dtype, seed)[0]
 
 
 def last(x: Inputs, count: int) -> Inputs:
@@ -89,43 +116,62 @@ def union_factor(shape: Shape, x: Inputs, tiles: int = 4) -> float:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _union_factor(shape: Shape, *index) -> jax.Array:
-  mask_TS = select_mask(index_select(*index, topk=shape.topk), *index)[0]
+def _union_factor(shape: Shape, iq, ik, gate, q_segment, k_segment, q_order, k_order) -> jax.Array:
+  """By a sort of the scores, of which few queries have few; keys that tie with the last one count too."""
+  mask_TS = visible(q_segment[0, :, None], k_segment, q_order[0, :, None], k_order, causal=True)
+  score_TS = jnp.where(mask_TS, reference.score(iq, ik, gate)[0], -jnp.inf)
+  mask_TS &= score_TS >= jax.lax.top_k(score_TS, shape.topk)[0][:, -1:]
   return mask_TS.reshape(-1, NEIGHBOURS, mask_TS.shape[1]).any(1).sum(-1).mean() / shape.topk
 
 
-def programs(shape: Shape, x: Inputs, phase: str, direction: str, whole: bool) -> dict[str, tuple[Callable, tuple]]:
-  """name -> (function, its arguments); `differences` makes parts of them. `whole`: those too that do not depend on u.
+def prepare(shape: Shape, cell: Cell, parts: Sequence[str], x: Inputs) -> Inputs:
+  """x with what programs are given that is not theirs to find."""
+  if 'replay' in parts and cell[:2] == ('prefill', 'forward'):
+    x = x._replace(selection=_select(shape.topk, *x.index))
+  if cell.phase == 'decode' and set(peers.HEADS_FIRST) & set(parts):
+    x = x._replace(heads_first=_heads_first(x.k, x.v))
+  return x
 
-  The selection of a replay is found here, before anything is timed.
-  """
-  dense = lambda *a: dense_attention(*a)[0]
+
+_select = jax.jit(lambda topk, *index: index_select(*index, topk=topk), static_argnums=0)
+_heads_first = jax.jit(lambda k, v: (k.swapaxes(1, 2), v.swapaxes(1, 2)))
+
+
+def arguments(x: Inputs, direction: str) -> tuple:
+  """What the programs of a direction are called with: backward with a cotangent of o too, of the size of q."""
+  return (x, x.q) if direction == 'backward' else (x,)
+
+
+def programs(shape: Shape, phase: str, direction: str) -> dict[str, Callable]:
+  """name -> function of `arguments`; `differences` makes parts of them."""
+  dense = lambda q, k, v, *place: dense_attention(q, k, v, *place)[0]
   sparse = functools.partial(dsa_attention, topk=shape.topk, want_kl=False)
   masked = functools.partial(sparse, way='masked_dense')
   if direction == 'backward':
-    return backward(shape, x, dense, sparse, masked, whole)
+    return backward(shape, dense, sparse, masked)
+  kernels = dispatch.platform() == 'gpu'
+  scores = bench_attention_gpu.score if kernels else score_maxima
+  found = {'score': lambda x: jax.lax.map(lambda row: scores(*row), x.index),
+           'selection': lambda x: index_select(*x.index, topk=shape.topk),
+           'dense': lambda x: dense(x.q, x.k, x.v, *x.place), 'masked_dense': lambda x: masked(*x.everything).o_BTHK}
   if phase == 'decode':
-    x = last(x, 1)
-  found = {'score': (score_maxima, tuple(a[0] for a in x.index))}
-  if phase == 'decode':
-    found['sparse'] = decoding(shape, x)
-  else:
-    selection = Selection(*jax.block_until_ready(jax.jit(functools.partial(index_select, topk=shape.topk))(*x.index)))
-    found |= {'replay': (lambda selection, *a: sparse(*a, selection=selection).o_BTHK, (selection, *x.everything)),
-              'sparse': (lambda *a: sparse(*a).o_BTHK, x.everything)}
-  if whole:
-    found |= {'dense': (dense, (x.q, x.k, x.v, *x.place)),
-              'masked_dense': (lambda *a: masked(*a).o_BTHK, x.everything),
-              'selection': (functools.partial(index_select, topk=shape.topk), x.index)}
-  return found
+    found |= {'sparse': lambda x: dsa_decode(x.q, *paged(x), topk=shape.topk).o_BTHK,
+              'cudnn': lambda x: peers.cudnn_decode(x.q, x.k, x.v)}
+    if kernels:                # one op: what its selection does not need is not computed
+      found |= {'selection': lambda x: dsa_decode(x.q, *paged(x), topk=shape.topk).selection}
+    return found | {name: lambda x, fn=fn: fn(x.q, *x.heads_first) for name, fn in peers.HEADS_FIRST.items()}
+  found |= {'sparse': lambda x: sparse(*x.everything).o_BTHK,
+            'replay': lambda x: sparse(*x.everything, selection=x.selection).o_BTHK,
+            'reference': lambda x: sparse(*last(x, CHECKED).everything, implementation='reference').o_BTHK}
+  return found | {name: lambda x, fn=fn: fn(x.q, x.k, x.v) for name, fn in peers.PREFILL.items()}
 
 
-def backward(shape: Shape, x: Inputs, dense, sparse, masked, whole: bool):
-  """Gradients of q, k and v (`training`: of the indexer too, through its loss) for a cotangent of o of the size of q,
-  with o itself."""
-  def gradients(fn, count):
-    def run(do, *a):
-      out, pullback = jax.vjp(lambda *floats: fn(*floats, *a[count:]), *a[:count])
+def backward(shape: Shape, dense, sparse, masked) -> dict[str, Callable]:
+  """Gradients of q, k and v (`training`: of the indexer too, through its loss) for a cotangent of o, with o itself."""
+  def gradients(fn, count, also=lambda x: ()):
+    def run(x, do):
+      a = x.everything
+      out, pullback = jax.vjp(lambda *floats: fn(*floats, *also(x)), *a[:count])
       return out, pullback(jax.tree.map(lambda y: do if y.ndim == 4 else jnp.ones_like(y), out))
     return run
 
@@ -133,44 +179,59 @@ def backward(shape: Shape, x: Inputs, dense, sparse, masked, whole: bool):
     out = dsa_attention(*a, topk=shape.topk)
     return out.o_BTHK, out.kl_BT
 
-  found = {'sparse': (gradients(lambda *a: sparse(*a).o_BTHK, 3), (x.q, *x.everything)),
-           'training': (gradients(training, 6), (x.q, *x.everything))}
-  if whole:
-    found |= {'dense': (gradients(dense, 3), (x.q, x.q, x.k, x.v, *x.place)),
-              'masked_dense': (gradients(lambda *a: masked(*a).o_BTHK, 3), (x.q, *x.everything))}
-  return found
+  place = lambda x: x.place
+  found = {'sparse': gradients(lambda *a: sparse(*a).o_BTHK, 3, lambda x: x.index),
+           'training': gradients(training, 6, place), 'dense': gradients(dense, 3, place),
+           'masked_dense': gradients(lambda *a: masked(*a).o_BTHK, 3, lambda x: x.index)}
+  return found | {name: gradients(fn, 3) for name, fn in peers.PREFILL.items()}
 
 
-def decoding(shape: Shape, x: Inputs):
-  """(function, arguments) of one new token against caches in pages."""
-  n = x.k.shape[1]
+def paged(x: Inputs) -> tuple:
+  """Arguments of dsa_decode behind q: one new token of each sequence against caches in pages."""
+  B, n = x.k.shape[:2]
   pages = -(-n // PAGE)
-  cut = lambda a: jnp.pad(a[0], ((0, pages * PAGE - n), *((0, 0),) * (a.ndim - 2))).reshape(pages, PAGE, *a.shape[2:])
-  pool = Pages(cut(x.k), cut(x.v), cut(x.ik), None)
-  fn = lambda *a: dsa_decode(*a, topk=shape.topk).o_BTHK
-  return fn, (x.q, pool, x.iq, x.gate, jnp.arange(pages, dtype=jnp.int32)[None], jnp.full(1, n, jnp.int32))
+
+  def cut(a):
+    a = jnp.pad(a, ((0, 0), (0, pages * PAGE - n), *((0, 0),) * (a.ndim - 2))) if n % PAGE else a
+    return a.reshape(B * pages, PAGE, *a.shape[2:])
+
+  table = jnp.arange(B * pages, dtype=jnp.int32).reshape(B, pages)
+  return Pages(cut(x.k), cut(x.v), cut(x.ik), None), x.iq, x.gate, table, jnp.full(B, n, jnp.int32)
+
+
+def score_maxima(iq_TIJ, ik_SJ, gate_TI, q_segment_T, k_segment_S, q_order_T, k_order_S):
+  """The largest index score of each query, [T], through the buffers that a selection uses."""
+  keys = xla.cut_keys(xla.WIDE, ik_SJ, k_segment_S, k_order_S)
+  size = min(len(q_order_T), xla.QUERIES)
+  queries = xla.cut_queries(size, iq_TIJ.swapaxes(0, 1), gate_TI, q_segment_T, q_order_T, keys)
+  step = lambda buffer, query: xla.in_scores(buffer, query, keys, lambda score_PTS, _: score_PTS.max((0, 2)))
+  return jax.lax.scan(step, xla.empty_buffer(size, keys), queries)[1].reshape(-1)[:len(q_order_T)]
 
 
 def differences(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
-  """Seconds of each part, round by round, from those of the programs that were timed."""
+  """Seconds of each part, round by round, from those of the programs that were timed. `selection` stays one part where
+  scores were not timed alone."""
   less = lambda a, b: [max(x - y, 0.0) for x, y in zip(seconds[a], seconds[b])]
-  out = {name: s for name, s in seconds.items() if name not in ('selection', 'replay')}
-  if 'selection' in seconds:
+  out = {name: s for name, s in seconds.items() if name != 'replay'}
+  if {'selection', 'score'} <= set(seconds):
+    del out['selection']
     out['select'] = less('selection', 'score')
   if 'replay' in seconds:
     out['attend'] = less('replay', 'score')
-  elif 'selection' in seconds:            # decoding
+  elif {'selection', 'sparse'} <= set(seconds):
     out['attend'] = less('sparse', 'selection')
   return out
 
 
-def work(shape: Shape, n: int, part: Part, u: float) -> dict[str, int]:
-  """FLOPs (2 a multiply-add) and least bytes of a part, of a causal row or of one new token after n - 1.
+def work(shape: Shape, n: int, part: Part, u: float, batch: int = 1, width: int = 4) -> dict[str, int]:
+  """FLOPs (2 a multiply-add) and least bytes of a part, of causal rows or of one new token after n - 1 in each, in
+  numbers of `width` bytes.
 
   `masked_dense` multiplies every visible pair, `sparse` and `attend` the selected ones, whose keys are read once for
-  the union of 16 queries. `select` has no products: it reads the float32 scores once. Backward is five products of each
-  pair beside the two of forward, the scores once more, and reads and writes each array and its gradient; the indexer's
-  loss of `training` adds one product forward and the indexer's four. Scores stay on the chip.
+  the union of 16 queries. `select` has no products: it reads the float32 scores once. `selection` is `score` and
+  `select`. Backward is five products of each pair beside the two of forward, the scores once more, and reads and writes
+  each array and its gradient; the indexer's loss of `training` adds one product forward and the indexer's four. Scores
+  stay on the chip.
   """
   H, G, K, I, J, k = shape
   T = 1 if part.phase == 'decode' else n
@@ -180,15 +241,16 @@ def work(shape: Shape, n: int, part: Part, u: float) -> dict[str, int]:
   gathered = (selected if T == 1 else int(u * selected / NEIGHBOURS)) * 2 * G * K
   score, product = 2 * pairs * I * J, 2 * H * K
   if part.direction == 'forward':
-    found = {'dense': (2 * product * pairs, queries + keys), 'score': (score, index), 'select': (0, pairs),
+    dense = 2 * product * pairs, queries + keys
+    found = {'score': (score, index), 'select': (0, pairs * 4 // width), 'selection': (score, index),
              'attend': (2 * product * selected, queries + gathered),
-             'masked_dense': (score + 2 * product * pairs, index + queries + keys),
+             'masked_dense': (score + dense[0], index + dense[1]),
              'sparse': (score + 2 * product * selected, index + queries + gathered)}
   else:
     ends = 3 * queries                                                 # q, o; q, o, do, dq
+    dense = 7 * product * pairs, ends + 3 * keys                       # k, v; k, v, dk, dv
     sparse = 2 * score + 7 * product * selected, 2 * index + ends + 2 * gathered + keys
-    found = {'dense': (7 * product * pairs, ends + 3 * keys),          # k, v; k, v, dk, dv
-             'masked_dense': (2 * score + 7 * product * pairs, 2 * index + ends + 3 * keys), 'sparse': sparse,
+    found = {'masked_dense': (2 * score + dense[0], 2 * index + dense[1]), 'sparse': sparse,
              'training': (sparse[0] + (product + 4 * 2 * I * J) * selected, sparse[1] + index)}
-  flops, numbers = found[part.name]
-  return {'flops': flops, 'bytes': numbers * BYTES}
+  flops, numbers = dense if part.name in DENSE else found[part.name]
+  return {'flops': batch * flops, 'bytes': batch * numbers * width}

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from data_pipelines.errors import InputError
 from keye_jax.nn import keye
 from launch import bench_model, bench_rounds
+from launch.bench_attention_parts import score_maxima
+from launch.bench_timing import timed
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.dsa_attention import dsa_attention
-from pallas_kernels.index_select import index_select, xla
+from pallas_kernels.index_select import index_select
 
 SMALLEST = 8192
 
@@ -62,8 +64,8 @@ def parts(config, n: int) -> dict[str, float]:
   selection = select(iq, ik, gate, *place)
 
   def best(fn, *args):
-    bench_model.timed(fn, *args)
-    return min(bench_model.timed(fn, *args)[0] for _ in range(2))
+    timed(fn, *args)
+    return min(timed(fn, *args)[0] for _ in range(2))
 
   score = best(jax.jit(score_maxima), *(a[0] for a in (iq, ik, gate, *place)))
   replay = jax.jit(lambda selection, *a: sparse(*a, selection=selection).o_BTHK)
@@ -74,12 +76,3 @@ def parts(config, n: int) -> dict[str, float]:
       'attend': best(replay, selection, q, k, v, iq, ik, gate, *place) - score,
       'sparse': best(jax.jit(lambda *a: sparse(*a).o_BTHK), q, k, v, iq, ik, gate, *place),
   }
-
-
-def score_maxima(iq_TIJ, ik_SJ, gate_TI, q_segment_T, k_segment_S, q_order_T, k_order_S):
-  """The largest index score of each query, [T], through the buffers that a selection uses."""
-  keys = xla.cut_keys(xla.WIDE, ik_SJ, k_segment_S, k_order_S)
-  size = min(len(q_order_T), xla.QUERIES)
-  queries = xla.cut_queries(size, iq_TIJ.swapaxes(0, 1), gate_TI, q_segment_T, q_order_T, keys)
-  step = lambda buffer, query: xla.in_scores(buffer, query, keys, lambda score_PTS, _: score_PTS.max((0, 2)))
-  return jax.lax.scan(step, xla.empty_buffer(size, keys), queries)[1].reshape(-1)[:len(q_order_T)]

@@ -3,7 +3,6 @@ that training and generation use.
 """
 import dataclasses
 import functools
-import time
 from collections.abc import Callable
 
 import jax
@@ -18,6 +17,7 @@ from keye_jax.rollout import sampler
 from keye_jax.steps import state
 from keye_jax.steps.optimizer import make_optimizer, rates
 from keye_jax.steps.update import make_update
+from launch.bench_timing import timed
 
 MODEL = ModelConfig(TextConfig(layers=8, embed=512, heads=8, kv_heads=2, head_dim=64, vocab=8192, ffn=256, experts=32,
                                experts_per_token=4, rope_theta=1e6))
@@ -48,20 +48,6 @@ def text_batch(config: ModelConfig, tokens: int, seed: int = 0) -> Batch:
       token_BT, np.roll(token_BT, -1, 1), np.ones((1, tokens), np.float32), np.repeat(place_BT[..., None], 3, 2),
       np.full((1, tokens), 1 << 8, np.int32), place_BT, np.full((1, tokens), -1, np.int32),
       np.zeros((1, 0, 0, config.vision.patch_dim), np.uint8), np.zeros((1, 0, 0, 4), np.int32), none))
-
-
-def timed(fn: Callable, *args) -> tuple[float, object]:
-  start = time.perf_counter()
-  out = jax.block_until_ready(fn(*args))
-  return time.perf_counter() - start, out
-
-
-def probe() -> Callable[[], float]:
-  """Best of five of a fixed matrix product (seconds), which shows whether the machine keeps its speed."""
-  a = jnp.ones((1024, 1024))
-  product = jax.jit(lambda a: a @ a)
-  jax.block_until_ready(product(a))
-  return lambda: min(timed(product, a)[0] for _ in range(5))
 
 
 @functools.partial(jax.jit, static_argnums=0)

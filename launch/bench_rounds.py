@@ -27,14 +27,16 @@ class Cpu(NamedTuple):
   own: float
 
 
-def alternate(sides: Mapping[str, Callable[[], float]], probe: Callable[[], float], rounds: int,
+def alternate(sides: Mapping[str, Callable[[], float]], probe: Callable[[], float] | None, rounds: int,
               pids: Sequence[int] = (), progress: Callable[[int, dict[str, list[float]]], None] = lambda *_: None
               ) -> Rounds:
-  """Runs each side once a round, in turn. A side returns the seconds it took; `pids` are its other processes."""
+  """Runs each side once a round, in turn. A side returns the seconds it took; `pids` are its other processes. probe:
+  None where the processor and its other processes do not matter."""
   seconds, probes = {name: [] for name in sides}, []
   before = cpu(pids)
   for n in range(rounds):
-    probes.append(probe())
+    if probe:
+      probes.append(probe())
     for name, side in sides.items():
       seconds[name].append(side())
     progress(n + 1, seconds)
@@ -42,7 +44,9 @@ def alternate(sides: Mapping[str, Callable[[], float]], probe: Callable[[], floa
 
 
 def void(rounds: Rounds) -> str:
-  """Why the rounds mean nothing, or ''."""
+  """Why the rounds mean nothing, or ''; of rounds without a probe, those of a device that nothing else uses, ''."""
+  if not rounds.probe:
+    return ''
   spread = max(rounds.probe) / min(rounds.probe) - 1
   if spread > PROBE_SPREAD:
     return f'a fixed matrix product varied by {spread:.0%} between rounds (limit {PROBE_SPREAD:.0%})'

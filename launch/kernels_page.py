@@ -1,8 +1,11 @@
-"""The table of docs/kernels.md and its evidence file, from what the ahead-of-time compiler reported:
+"""The tables of docs/kernels.md and their evidence files, from what the ahead-of-time compiler reported, or from the
+record of `keye bench attention --out FILE` on a GPU:
 
   python -m pallas_kernels.aot --json | python -m launch.kernels_page
+  python -m launch.kernels_page FILE
 """
 import json
+import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +15,7 @@ from pallas_kernels.aot.rows import LIMITS, SHARDED_LENGTH, SHARDS
 
 PAGE = results.FOLDER.parent / 'kernels.md'
 START, END = '<!-- results:kernels_aot -->', '<!-- /results -->'
+TIMED, TIMED_START = results.FOLDER / 'kernels_h100.json', '<!-- results:kernels_h100 -->'
 TPUS = ('v5p', 'v6e', 'tpu7x')
 CLAIM = (f'every row compiles, and sparse attention of S/{SHARDS} queries against {SHARDED_LENGTH} keys needs at most '
          '2 GiB of temporaries forward and 4 GiB with its backward pass on v5p, v6e and tpu7x')
@@ -60,12 +64,60 @@ def block(said: Mapping[str, Any]) -> str:
   return '\n'.join(lines)
 
 
-def main() -> None:
-  record(json.load(sys.stdin))
-  said = json.loads((results.FOLDER / 'kernels_aot.json').read_text(encoding='utf-8'))
-  before, rest = PAGE.read_text(encoding='utf-8').split(START)
-  PAGE.write_text(f'{before}{START}\n{block(said)}\n{END}{rest.split(END)[1]}', encoding='utf-8')
+def record_timed(said: Mapping[str, Any]) -> None:
+  """Writes docs/results/kernels_h100.json: what the benchmark wrote, of this commit where it ran outside a checkout."""
+  whole = {**said, 'commit': said['commit'] or results.commit()}
+  TIMED.write_text(json.dumps(whole, indent=1) + '\n', encoding='utf-8')
+
+
+def block_timed(said: Mapping[str, Any] | None) -> str:
+  """The generated part about a GPU, from the evidence file; None before there is one."""
+  if said is None:
+    return 'Nothing is recorded yet.'
+  lines = ['| phase | direction | part | tokens | batch | u | best ms | median ms | TFLOP/s | GB | of the roofline |',
+           '|---' * 11 + '|']
+  for row in said['rows']:
+    front = [row['phase'], row['direction'], row['part'], f'{row["tokens"]:,}', str(row['batch'])]
+    if 'error' in row:
+      cells = [*front, str(row['union']), row['error'].replace('|', '/'), *[''] * 4]
+    else:
+      best, share = row['seconds']['best'], row['roofline']
+      cells = [*front, f'{row["u"]:.2f}', f'{best * 1e3:,.2f}', f'{row["seconds"]["median"] * 1e3:,.2f}',
+               f'{row["flops"] / best / 1e12:,.1f}' if best and row['flops'] else '–', f'{row["bytes"] / 1e9:,.2f}',
+               '–' if share is None else f'{share:.2f}']
+    lines.append(f'| {" | ".join(cells)} |')
+  lines += ['', '| aim | at least | reached |', '|---|---|---|']
+  for aim in said['aims']:
+    reached = 'not measured' if aim['reached'] is None else f'{aim["reached"]:.2f}'
+    lines.append(f'| {aim["aim"]} | {aim["at least"]} | {reached} |')
+  ratios = [f'{name}: {ratio:.2f}' for name, ratio in said['times as fast as dense'].items()]
+  roof, checked = said['roofline'], [row['off'] for row in said['rows'] if row.get('off') is not None]
+  versions = ', '.join(f'{name} {version}' for name, version in said['versions'].items())
+  lines += ['', f'Times as fast as the fastest dense attention of the same run: {"; ".join(ratios)}.', '',
+            f'Roofline, measured in the same run: {roof["flops"] / 1e12:.0f} TFLOP/s in {said["dtype"]}, '
+            f'{roof["bandwidth"] / 1e12:.2f} TB/s.'
+            + (f' The last queries of a row are off their definition by at most {max(checked):.1g}.' if checked else '')
+            + (f' Left out: {"; ".join(said["left out"])}.' if said['left out'] else ''),
+            '', f'`{said["command"]}`, {versions}, commit {said["commit"][:10]}, on {said["hardware"]}.', '',
+            f'{said["claim"][0].upper()}{said["claim"][1:]}: {said["verdict"]}'
+            + (f' ({said["why"]}).' if said['why'] else '.')]
+  return '\n'.join(lines)
+
+
+def put(start: str, text: str) -> None:
+  """Text between its markers on the page."""
+  before, rest = PAGE.read_text(encoding='utf-8').split(start)
+  PAGE.write_text(f'{before}{start}\n{text}\n{END}{rest.split(END, 1)[1]}', encoding='utf-8')
+
+
+def main(files: Sequence[str]) -> None:
+  if files:
+    record_timed(json.loads(pathlib.Path(files[0]).read_text(encoding='utf-8')))
+    put(TIMED_START, block_timed(json.loads(TIMED.read_text(encoding='utf-8'))))
+  else:
+    record(json.load(sys.stdin))
+    put(START, block(json.loads((results.FOLDER / 'kernels_aot.json').read_text(encoding='utf-8'))))
 
 
 if __name__ == '__main__':
-  main()
+  main(sys.argv[1:])

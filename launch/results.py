@@ -13,6 +13,7 @@ from typing import Any
 FOLDER = pathlib.Path(__file__).parent.parent / 'docs' / 'results'
 README = FOLDER.parent.parent / 'README.md'
 START, END = '<!-- results:quickstart -->', '<!-- /results -->'
+COMMIT = 'KEYE_COMMIT'
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'av')
 
 
@@ -62,7 +63,10 @@ def command(arguments: Sequence[str]) -> str:
 
 @functools.cache
 def commit() -> str:
-  """The commit checked out at the first call, with '+changes' when files differ from it; '' outside a checkout."""
+  """The commit checked out at the first call, with '+changes' when files differ from it; '' outside a checkout. Of a
+  copy that was made without its history, KEYE_COMMIT of the environment says it."""
+  if said := os.environ.get(COMMIT, ''):
+    return said
   def git(*args):
     return subprocess.run(['git', *args], cwd=FOLDER.parent.parent, capture_output=True, text=True).stdout.strip()
   try:
@@ -72,7 +76,7 @@ def commit() -> str:
 
 
 def hardware() -> str:
-  """Processor, usable cores and memory."""
+  """Accelerators that jax sees, processor, usable cores and memory."""
   model, memory = platform.machine(), 0
   try:
     lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
@@ -81,7 +85,16 @@ def hardware() -> str:
   except OSError:
     pass
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-  return f'{model}, {cores} cores' + (f', {memory / 2**30:.0f} GiB' if memory else '')
+  return accelerators() + f'{model}, {cores} cores' + (f', {memory / 2**30:.0f} GiB' if memory else '')
+
+
+def accelerators() -> str:
+  """'4 x NVIDIA H100 80GB HBM3; ', '' when computations run on the processor."""
+  import jax  # not when this file is imported: the command line sets what jax reads then
+  devices = jax.devices()
+  if devices[0].platform == 'cpu':
+    return ''
+  return (f'{len(devices)} x ' if len(devices) > 1 else '') + devices[0].device_kind + '; '
 
 
 def versions() -> dict[str, str]:

@@ -5,12 +5,13 @@
 
 Text files become rows that fill the context, each file on one side of the split. The indexer is trained beside the
 frozen model, then model and indexer together with sparse attention, and a control with dense attention on the same
-tokens. After each stage the perplexity on held-out rows is measured, at places in their second half (a query with no
-more than k keys before it loses nothing and would only dilute the mean), for k = 64 to 512, beside dense attention, the
-oracle (the k keys with the most head-averaged attention), a window with 4 sinks, and an untrained indexer.
+tokens. Then the perplexity on held-out rows is measured after each stage, at places in their second half (a query with
+no more than k keys before it loses nothing and would only dilute the mean), for k = 64 to 512, beside dense attention,
+the oracle (the k keys with the most head-averaged attention), a window with 4 sinks, and an untrained indexer; so is
+how often the answers to questions about pairs hidden all over such rows are found (keye_jax/evals/key_values.py).
 
 The same command goes on where it was stopped. OUT/warmup, OUT/sparse and OUT/dense are run folders; OUT/scores_N.json
-holds what was measured on rows of N tokens.
+and OUT/answers_N.json hold what was measured on rows of N tokens.
 """
 import argparse
 import dataclasses
@@ -31,6 +32,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.schema import Batch
 from keye_jax import api, begin, loop
 from keye_jax.config import ModelConfig, RunConfig
+from keye_jax.evals import key_values
 from keye_jax.hf import gguf
 from keye_jax.metrics import say
 from keye_jax.nn import head, probe
@@ -46,10 +48,12 @@ class Arm(NamedTuple):
   stage: str                  # whose weights
   choose: Callable            # which keys
   topks: tuple[int, ...] = TOPKS
+  share: int = 1              # one in so many rows is enough: these are far off
 
 
 ARMS = (Arm('dense', SOURCE, probe.everything, (0,)), Arm('oracle', SOURCE, probe.oracle),
-        Arm('window + 4 sinks', SOURCE, probe.window), Arm('untrained indexer', SOURCE, probe.indexer),
+        Arm('window + 4 sinks', SOURCE, probe.window, share=4),
+        Arm('untrained indexer', SOURCE, probe.indexer, share=4),
         Arm('after warm-up', 'warmup', probe.indexer), Arm('after sparse stage', 'sparse', probe.indexer),
         Arm('dense, fine-tuned', 'dense', probe.everything, (0,)))
 
@@ -60,8 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--text', default='', help='folder of .py, .md, .rst and .txt files; default: the Python '
                       'standard library')
   parser.add_argument('--until', choices=(SOURCE, *STAGES), default=STAGES[-1], help='the last stage of this call')
-  parser.add_argument('--windows', type=int, default=32, help='held-out rows that are scored')
-  parser.add_argument('--length', type=int, default=0, help='tokens of these rows; default: those of training')
+  parser.add_argument('--windows', type=int, default=32, help='held-out rows that are scored; of longer rows (see '
+                      '--length) fewer, as many tokens')
+  parser.add_argument('--length', type=int, nargs='*', default=[], metavar='TOKENS', help='lengths of these rows; '
+                      'default: that of training')
   parser.add_argument('--record', action='store_true', help='write docs/results/lossless.json and docs/lossless.md')
   parser.add_argument('--json', action='store_true', help='one JSON object instead of the table')
 
@@ -74,33 +80,62 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   results.commit()             # the commit that ran, whatever is checked out when an arm finishes
   out, first = pathlib.Path(args.out), stages[STAGES[0]]
   source = gguf.packaged() if first.train.init == PACKAGED else first.train.init
-  length = args.length or first.data.tokens
-  rows = {n: write_rows(out / 'data', args.text or text.library(), source, n) for n in {first.data.tokens, length}}
+  lengths = sorted(set(args.length)) or [first.data.tokens]
+  texts = args.text or text.library()
+  rows = {n: write_rows(out / 'data', texts, source, n) for n in (first.data.tokens, *lengths)}
   stages = placed(stages, out, source, rows[first.data.tokens] / f'train_{first.data.tokens}.jsonl')
-  held_out = rows[length] / f'heldout_{length}.jsonl'
-  windows = list(read_windows(first, held_out, length, args.windows))
-  scores = Scores(out / f'scores_{length}.json', {
-      'indexer': dataclasses.asdict(first.model.text.indexer) | {'topk': TOPKS}, 'tokens': length,
-      'text': pathlib.PurePath(args.text).name or 'the Python standard library'})
+  trials = [trial(first, out, rows[n] / f'heldout_{n}.jsonl', n, max(args.windows * lengths[0] // n, 1), args.text)
+            for n in lengths]
 
-  for name in (SOURCE, *STAGES):
-    step = 0
-    if name != SOURCE:
-      result = loop.train(stages[name], out / name)
-      if result.stopped_by:
-        return 128 + result.stopped_by
-      step = result.step
-    params = weights(first, name, out, source)
-    for arm in (arm for arm in ARMS if arm.stage == name):
-      evaluate(scores, arm, step, first.model, params, windows)
-      if args.record:
-        retrofit_page.record(scores.content)
-    del params
-    if name == args.until:
-      break
-  print(json.dumps(retrofit_page.summary(scores.content)) if args.json else
-        '\n'.join(retrofit_page.table(retrofit_page.summary(scores.content))))
+  until = (SOURCE, *STAGES)[:(SOURCE, *STAGES).index(args.until) + 1]
+  steps = {SOURCE: 0}
+  for name in until[1:]:
+    result = loop.train(stages[name], out / name)
+    if result.stopped_by:
+      return 128 + result.stopped_by
+    steps[name] = result.step
+  for one in trials:
+    for name in until:
+      params = weights(first, name, out, source)
+      for arm in (arm for arm in ARMS if arm.stage == name):
+        measured = functools.partial(evaluate, arm=arm, step=steps[name], config=first.model, params=params)
+        measured(one.scores, measure, one.windows)
+        measured(one.answers, answer, one.questions)
+        say(f'{arm.name}: measured on rows of {one.tokens} tokens')
+        if args.record:
+          retrofit_page.record(contents(trials))
+      del params
+  found = retrofit_page.results_of(contents(trials))
+  print(json.dumps(found) if args.json else '\n'.join(retrofit_page.tables(found)))
   return 0
+
+
+class Trial(NamedTuple):
+  """What is measured on rows of one length."""
+  tokens: int
+  windows: list[Batch]
+  questions: list[key_values.Planted]       # windows with pairs and questions in them
+  scores: 'Scores'
+  answers: 'Scores'
+
+
+def trial(config: RunConfig, out: pathlib.Path, held_out: pathlib.Path, tokens: int, count: int, texts: str) -> Trial:
+  windows = list(read_windows(config, held_out, tokens, count))
+  tokenizer = pipeline.open_tokenizer(dataclasses.replace(config.data, path=str(held_out)))
+  try:
+    asked = windows[:max(count // 4, 4)]
+    questions = [key_values.plant(row, tokenizer, i, key_values.PAIRS) for i, row in enumerate(asked)]
+  except ValueError as e:
+    say(f'no questions about pairs: {e}')
+    questions = []
+  made_with = {'indexer': dataclasses.asdict(config.model.text.indexer) | {'topk': TOPKS}, 'tokens': tokens,
+               'text': pathlib.PurePath(texts).name or 'the Python standard library'}
+  return Trial(tokens, windows, questions, Scores(out / f'scores_{tokens}.json', made_with),
+               Scores(out / f'answers_{tokens}.json', made_with | {'pairs': key_values.PAIRS}))
+
+
+def contents(trials: Sequence[Trial]) -> dict[int, tuple[dict, dict]]:
+  return {t.tokens: (t.scores.content, t.answers.content) for t in trials}
 
 
 def write_rows(folder: pathlib.Path, texts: str, source: str, tokens: int) -> pathlib.Path:
@@ -164,11 +199,12 @@ class Scores:
     os.replace(part, self.path)
 
 
-def evaluate(scores: Scores, arm: Arm, step: int, config: ModelConfig, params, windows: Sequence[Batch]) -> None:
-  """Scores the windows that are missing, one after the other for all k, and saves after each."""
-  missing = [(i, k) for i in range(len(windows)) for k in arm.topks if len(scores.windows(arm.name, step, k)) <= i]
+def evaluate(scores: Scores, one: Callable, rows: Sequence, arm: Arm, step: int, config: ModelConfig, params) -> None:
+  """Scores the rows that are missing by `one`, one after the other for all k, and saves after each."""
+  rows = rows[:-(-len(rows) // arm.share)]
+  missing = [(i, k) for i in range(len(rows)) for k in arm.topks if len(scores.windows(arm.name, step, k)) <= i]
   for i, k in tqdm(missing, arm.name, unit='window', leave=False):
-    scores.windows(arm.name, step, k).append(measure(config, arm.choose, params, windows[i], k))
+    scores.windows(arm.name, step, k).append(one(config, arm.choose, params, rows[i], k))
     scores.save()
 
 
@@ -178,13 +214,26 @@ def measure(config: ModelConfig, choose: Callable, params, batch: Batch, k: int)
   T = batch.token_BT.shape[1]
   found, half = probe.run(config, choose, params, batch, np.int32(k or T)), T // 2
   weight_T, real_T = batch.weight_BT[0, half:], batch.segment_BT[0, half:] > 0
-  logp_T = np.asarray(logp(config, params, found.hidden_BTD[:, half:], batch.target_BT[:, half:])[0], np.float64)
+  logp_T, _ = targets(config, params, found.hidden_BTD[:, half:], batch.target_BT[:, half:])
   by_layer = lambda x_LBT: [round(float(x), 5) for x in np.asarray(x_LBT)[:, 0, half:][:, real_T].mean(1)]
   return {'nll': float(-(logp_T * weight_T).sum()), 'tokens': int(weight_T.sum()), 'mass': by_layer(found.mass_LBT),
           'overlap': by_layer(found.overlap_LBT)}
 
 
+def answer(config: ModelConfig, choose: Callable, params, planted: key_values.Planted, k: int) -> dict[str, Any]:
+  """Marks of the questions of a row. k = 0 is all keys."""
+  row = planted.batch
+  found = probe.run(config, choose, params, row, np.int32(k or row.token_BT.shape[1]))
+  return key_values.marks(planted, *targets(config, params, found.hidden_BTD, row.target_BT))
+
+
+def targets(config: ModelConfig, params, hidden_BTD, target_BT) -> tuple[np.ndarray, np.ndarray]:
+  """(logp_T, correct_T) of the targets of one row, float64."""
+  return tuple(np.asarray(x_BT[0], np.float64) for x_BT in stats(config, params, hidden_BTD, target_BT))
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def logp(config: ModelConfig, params, hidden_BTD, target_BT) -> jax.Array:
+def stats(config: ModelConfig, params, hidden_BTD, target_BT) -> tuple[jax.Array, jax.Array]:
   head_DV = params['embed'].T if config.text.tied_head else params['head']
-  return head.token_stats(config.layout, hidden_BTD, head_DV.astype(hidden_BTD.dtype), target_BT).logp_BT
+  found = head.token_stats(config.layout, hidden_BTD, head_DV.astype(hidden_BTD.dtype), target_BT, ('logp', 'correct'))
+  return found.logp_BT, found.correct_BT

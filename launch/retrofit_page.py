@@ -24,6 +24,13 @@ CLAIM = ('on held-out text at places in the second half of a row, sparse attenti
 CUT = 30               # percent: costs above are drawn at the upper edge
 
 Summary = dict[str, dict[str, dict[str, Any]]]     # arm -> k -> name -> value
+QUARTERS = 4           # of the depths of pairs
+
+
+def results_of(contents: Mapping[int, tuple[Mapping, Mapping]]) -> dict[str, dict[str, Summary]]:
+  """{'rows': {tokens: summary}, 'answers': {tokens: summary}}, shortest rows first. contents: (scores, answers)."""
+  return {'rows': {str(n): summary(contents[n][0]) for n in sorted(contents)},
+          'answers': {str(n): answers(contents[n][1]) for n in sorted(contents)}}
 
 
 def summary(scores: Mapping[str, Any]) -> Summary:
@@ -48,6 +55,29 @@ def summary(scores: Mapping[str, Any]) -> Summary:
                    if (named, at) == (arm, k) and (both := list(zip(windows, whole(against))))},
           'n': n, 'tokens': sum(w['tokens'] for w in windows[:n]), 'step': found['step'],
           **{name: np.mean([w[name] for w in windows[:n]], 0).round(4).tolist() for name in ('mass', 'overlap')}}
+  return out
+
+
+def answers(scores: Mapping[str, Any]) -> Summary:
+  """Of every arm and k: the share of questions whose answer has every token right; how much less that is than dense
+  attention's, on the same questions, with its 95% interval (bootstrap over rows); nats of an answer; the share by the
+  quarter of the row in which the pair lies, the newest last."""
+  dense = scores['arms'].get('dense', {'k': {}})['k'].get('0', [])
+  out: Summary = {}
+  for arm, found in scores['arms'].items():
+    for k, rows in found['k'].items():
+      rows, same = rows[:len(dense)], dense[:len(rows)]
+      if not rows:
+        continue
+      flat = lambda rows, name: [x for row in rows for x in row[name]]
+      clips = [str(i) for i, row in enumerate(rows) for _ in row['exact']]
+      exact, quarter = np.array(flat(rows, 'exact')), (np.array(flat(rows, 'depth')) * QUARTERS).astype(int)
+      against = uncertainty.paired(flat(same, 'exact'), exact, clips)
+      out.setdefault(arm, {})[k] = {
+          'exact': float(exact.mean()), 'less': against.value, 'low': against.low, 'high': against.high,
+          'nats': -float(np.mean(flat(rows, 'logp'))), 'n': len(exact), 'step': found['step'],
+          'by_depth': [round(float(exact[quarter == q].mean()), 4) if (quarter == q).any() else None
+                       for q in range(QUARTERS)]}
   return out
 
 
@@ -79,17 +109,28 @@ def lacks(found: Summary) -> str:
   return '; '.join(why)
 
 
-def record(scores: Mapping[str, Any]) -> None:
-  """Writes docs/results/lossless.json, and from it the table and plots of docs/lossless.md."""
-  found = summary(scores)
-  values = lambda arm: {f'{name} k={k}': round(x[name], 5) for k, x in found.get(arm, {}).items()
-                        for name in ('perplexity', 'cost')}
-  intervals = {arm: {f'cost k={k}': [round(x['low'], 5), round(x['high'], 5)] for k, x in ks.items()}
-               for arm, ks in found.items() if arm != 'dense'}
-  results.record('lossless', CLAIM, max((x['n'] for ks in found.values() for x in ks.values()), default=0),
-                 {arm: values(arm) for arm in BASELINES if arm in found},
-                 {arm: {'0': values(arm)} for arm in TRAINED if arm in found}, intervals, lacks(found),
-                 made_with=scores['made with'], rows=found)
+def record(contents: Mapping[int, tuple[Mapping, Mapping]]) -> None:
+  """Writes docs/results/lossless.json, and from it the tables and plots of docs/lossless.md. The claim is about the
+  shortest rows. contents: as of results_of."""
+  found, first = results_of(contents), min(contents)
+  values, intervals = {}, {}
+  for n, summary_ in found['rows'].items():
+    of = '' if n == str(first) else f' in rows of {n}'
+    for arm, ks in summary_.items():
+      values.setdefault(arm, {}).update({f'{name} k={k}{of}': round(x[name], 5) for k, x in ks.items()
+                                         for name in ('perplexity', 'cost')})
+      if arm != 'dense':
+        intervals.setdefault(arm, {}).update({f'cost k={k}{of}': [round(x['low'], 5), round(x['high'], 5)]
+                                              for k, x in ks.items()})
+  for n, summary_ in found['answers'].items():
+    for arm, ks in summary_.items():
+      values.setdefault(arm, {}).update({f'answers right k={k} in rows of {n}': round(x['exact'], 5)
+                                         for k, x in ks.items()})
+  rows = found['rows'][str(first)]
+  results.record('lossless', CLAIM, max((x['n'] for ks in rows.values() for x in ks.values()), default=0),
+                 {arm: values[arm] for arm in BASELINES if arm in values},
+                 {arm: {'0': values[arm]} for arm in TRAINED if arm in values}, intervals, lacks(rows),
+                 made_with=contents[first][0]['made with'], **found)
   refresh()
 
 
@@ -98,7 +139,7 @@ def refresh() -> None:
   said = json.loads((results.FOLDER / 'lossless.json').read_text(encoding='utf-8'))
   before, rest = PAGE.read_text(encoding='utf-8').split(START)
   PAGE.write_text(f'{before}{START}\n{block(said)}\n{END}{rest.split(END)[1]}', encoding='utf-8')
-  for name, svg in plots(said['rows']).items():
+  for name, svg in plots(next(iter(said['rows'].values()))).items():
     (PAGE.parent / name).write_text(svg + '\n', encoding='utf-8')
 
 
@@ -139,13 +180,48 @@ def recall_table(found: Summary, k: str = '256') -> list[str]:
   return lines
 
 
+def answers_table(found: Summary) -> list[str]:
+  """Markdown: a line an arm, a column a k, answers that are right and how many fewer than dense attention's."""
+  lines = [f'| arm | n | {" | ".join(f"k = {k}" for k in TOPKS)} | k = 256, by quarter of the row |',
+           '|---' * (3 + len(TOPKS)) + '|']
+  share = lambda x: '–' if x is None else f'{x:.0%}'
+  for arm in (*BASELINES, *TRAINED):
+    if ks := found.get(arm):
+      at = ks.get('256') or ks.get('0')
+      cells = [answers_cell(ks.get(k) or ks.get('0'), absolute='0' in ks) for k in TOPKS]
+      lines.append(f'| {arm} | {next(iter(ks.values()))["n"]} | {" | ".join(cells)} | '
+                   f'{", ".join(map(share, at["by_depth"])) if at else "not run"} |')
+  return lines
+
+
+def answers_cell(x: Mapping[str, Any] | None, absolute: bool) -> str:
+  if x is None:
+    return 'not run'
+  more = lambda name: f'{0 - x[name]:+.0%}'            # 0 less is no more, not -0
+  less = '' if absolute else f' ({more("less")}, {more("high")} to {more("low")})'
+  return f'{x["exact"]:.0%}{less}'
+
+
+def tables(found: Mapping[str, Mapping[str, Summary]]) -> list[str]:
+  """What was measured, for every length: cost in perplexity, then answers where there are some."""
+  lines = []
+  for n, rows in found['rows'].items():
+    lines += [f'### Rows of {n} tokens', '', *table(rows), '']
+    if asked := found['answers'].get(n):
+      lines += [f'Answers right about pairs hidden all over rows of {n} tokens:', '', *answers_table(asked), '']
+  return lines
+
+
 def block(said: Mapping[str, Any]) -> str:
   """The generated part of the page, from the evidence file."""
-  found, made = said['rows'], said['made_with']
+  first, made = next(iter(said['rows'].values())), said['made_with']
   return '\n'.join([
-      *table(found), '', f'First line: perplexity. Others: cost over it on the same windows, with 95% intervals over '
-      f'windows. n: held-out rows of {made["tokens"]} tokens; their second halves are scored.', '',
-      '![cost by k](lossless_cost.svg)', '', *recall_table(found), '', '![mass by layer](lossless_layers.svg)', '',
+      *tables(said), 'Costs. First line: perplexity. Others: cost over it on the same windows, with 95% intervals over '
+      'windows. n: held-out rows; their second halves are scored.', *([
+          'Answers. In parentheses: how many more than the first line on the same questions, in points, with 95% '
+          'intervals over rows. n: questions.'] if any(said['answers'].values()) else []), '',
+      '![cost by k](lossless_cost.svg)', '', *recall_table(first), '', '![mass by layer](lossless_layers.svg)', '',
+      f'Plots and the table above them are of rows of {made["tokens"]} tokens, and so is what follows.', '',
       f'`{said["command"]}` on {said["hardware"]}; jax {said["versions"]["jax"]}, commit {said["commit"][:10]}. '
       f'Indexer {made["indexer"]["heads"]} heads of {made["indexer"]["head_dim"]}. Text: {made["text"]}.', '',
       f'{said["claim"][0].upper()}{said["claim"][1:]}: {said["verdict"]}'

@@ -11,12 +11,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dispatch
 from pallas_kernels.mask import BRANCH_BITS, NEG_INF
 
 # Segments of padding: tokens that fill up a tile. Neither sees anything, not even its own kind, as real padding does.
 QUERY_PAD, KEY_PAD = -1, -1 << 2 * BRANCH_BITS
 KEYS = 256             # keys of a tile
 MANY = 1 << 17         # logits of a row from which the batch is a loop: what a row needs then stays in the cache
+# Where there is no cache to suit and every launch of a loop is waited for, by platform: queries and keys of a tile of
+# dense attention, and logits of a row, all heads, up to which sparse attention takes it as one tile, with no kernel.
+LARGE = {'gpu': 2048}
+ONE_TILE = {'gpu': 1 << 30}
 
 
 def dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -37,6 +42,16 @@ def unstack_heads(x_BGNK: jax.Array, T: int) -> jax.Array:
   B, G, N, *rest = x_BGNK.shape
   x = jnp.moveaxis(x_BGNK.reshape(B, G, N // T, T, *rest), 3, 1)
   return x.reshape(B, T, G * (N // T), *rest)
+
+
+def large() -> int:
+  """Queries and keys of a large tile, 0 where tiles are small."""
+  return LARGE.get(dispatch.platform(), 0)
+
+
+def one_tile(H: int, T: int, S: int) -> bool:
+  """Whether the platform takes a row of H heads as one tile that is larger than a cache."""
+  return H * T * S <= ONE_TILE.get(dispatch.platform(), 0)
 
 
 def over_rows(fn: Callable, arrays: tuple, loop: bool):

@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from data_pipelines.schema import Batch
 from keye_jax.config import ModelConfig
 from keye_jax.nn import inspect, layers, rope
 from keye_jax.nn.attention import Context, Indexer
 from keye_jax.nn.experts import Mlp
-from pallas_kernels import tiles
+from pallas_kernels import dispatch, tiles
 from pallas_kernels.dense_attention.xla import attend_one
 from pallas_kernels.index_select import search
 from pallas_kernels.index_select.xla import products, score
@@ -27,7 +28,8 @@ from pallas_kernels.indexer_warmup.xla import head_mean
 from pallas_kernels.mask import visible
 
 SINKS = 4          # first tokens that a window always keeps
-QUERIES = 512      # of a chunk
+QUERIES = 512      # of a chunk; more where the platform has the memory and each loop has its price
+LOGITS = {'gpu': 1 << 28}      # of a larger chunk, all heads
 
 
 class View(NamedTuple):
@@ -71,18 +73,27 @@ def best(x_TS: jax.Array, view: View, k) -> jax.Array:
   return search.kept(x_TS, view.k_order_S, *search.kth(x_TS[None], view.k_order_S[None], k))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+CHOOSERS = (everything, oracle, window, indexer)
+
+
 def run(config: ModelConfig, choose: Callable[[View, jax.Array], jax.Array], params, batch: Batch, k) -> Probe:
-  """One forward pass in which choose(view, k) is the mask of every layer and chunk; k is a scalar. Without a mesh.
+  """One forward pass in which choose(view, k), one of CHOOSERS, is the mask of every layer and chunk; k is a scalar.
+  Without a mesh.
 
   With `everything` it is `keye.apply` with dense attention, with `indexer` the same with sparse attention to k keys.
   """
+  return _run(config, params, batch, (np.int32(CHOOSERS.index(choose)), np.int32(k)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(config: ModelConfig, params, batch: Batch, how: tuple[jax.Array, jax.Array]) -> Probe:
+  """One program for all choosers and k: how is (number of the chooser, k)."""
   x_BTD, ctx = inspect.start(config, params, batch)
   eps = config.text.norm_eps
 
   def block(x_BTD, own):
     normed_BTD = layers.rms_norm(x_BTD, own['attn_norm'], eps)
-    y_BTD, *shares = attention(config, choose, own['attn'], normed_BTD, ctx, k)
+    y_BTD, *shares = attention(config, how, own['attn'], normed_BTD, ctx)
     x_BTD = x_BTD + y_BTD
     y_BTD, *_ = Mlp(config).apply({'params': own['mlp']}, layers.rms_norm(x_BTD, own['ffn_norm'], eps),
                                  ctx.segment_BT > 0)
@@ -92,7 +103,7 @@ def run(config: ModelConfig, choose: Callable[[View, jax.Array], jax.Array], par
   return Probe(layers.rms_norm(x_BTD, params['norm'], eps), mass_LBT, overlap_LBT)
 
 
-def attention(config: ModelConfig, choose: Callable, own, x_BTD, ctx: Context, k):
+def attention(config: ModelConfig, how, own, x_BTD, ctx: Context):
   """(what the layer adds to the stream [B, T, D], mass_BT, overlap_BT)."""
   text, T = config.text, x_BTD.shape[1]
   q_BTHK, k_BTGK, v_BTGK = heads(config, own, x_BTD, ctx)
@@ -103,7 +114,7 @@ def attention(config: ModelConfig, choose: Callable, own, x_BTD, ctx: Context, k
     index = iq_BTIJ.swapaxes(1, 2), gate_BTI, ik_BTJ
   rows = (tiles.stack_heads(q_BTHK, text.kv_heads), k_BTGK.swapaxes(1, 2), v_BTGK.swapaxes(1, 2), ctx.segment_BT,
           ctx.order_BT, index)
-  o_BGNK, mass_BT, overlap_BT = tiles.over_rows(functools.partial(one_row, choose, k), rows, loop=True)
+  o_BGNK, mass_BT, overlap_BT = tiles.over_rows(functools.partial(one_row, how), rows, loop=True)
   o_BTHK = tiles.unstack_heads(o_BGNK.astype(x_BTD.dtype), T)
   return layers.project(o_BTHK, own['o'].astype(x_BTD.dtype), 2), mass_BT, overlap_BT
 
@@ -116,10 +127,18 @@ def heads(config: ModelConfig, own, x_BTD, ctx: Context):
   return rope.rotate(q, ctx.cos_BTF, ctx.sin_BTF), rope.rotate(k, ctx.cos_BTF, ctx.sin_BTF), v
 
 
-def one_row(choose: Callable, k, q_GNK, k_GSK, v_GSK, segment_S, order_S, index):
+def chunk(H: int, S: int) -> int:
+  """Queries of a chunk: QUERIES, doubled as often as the platform allows."""
+  size = QUERIES
+  while 2 * size * H * S <= LOGITS.get(dispatch.platform(), 0):
+    size *= 2
+  return min(S, size)
+
+
+def one_row(how, q_GNK, k_GSK, v_GSK, segment_S, order_S, index):
   """(o_GNK, mass_T, overlap_T) of a row, chunk after chunk of its queries."""
   S, (G, N, K) = len(order_S), q_GNK.shape
-  size, scale = min(S, QUERIES), K ** -0.5
+  size, scale = chunk(G * N // S, S), K ** -0.5
   cut = lambda x, axis=0, value=0: tiles.cut(tiles.pad(x, axis, size, value), axis, size)
   q_GNK = tiles.pad(q_GNK.reshape(G, N // S, S, K), 2, size)
   padded = q_GNK.shape[2]
@@ -131,9 +150,11 @@ def one_row(choose: Callable, k, q_GNK, k_GSK, v_GSK, segment_S, order_S, index)
     p_TS = head_mean(attend_one(q_GNK, k_GSK, v_GSK, visible_TS, scale)[2], size)
     score_TS = score(products(index_queries[0], index[2]), index_queries[1]) if index else None
     view = View(p_TS, score_TS, visible_TS, order_T, order_S)
-    mask_TS = choose(view, k)
+    which, k = how
+    best_TS = oracle(view, k)
+    others = [lambda fn=fn: fn(view, k) for fn in CHOOSERS[2:]] if index else [lambda: window(view, k)]
+    mask_TS = jax.lax.switch(which, [lambda: visible_TS, lambda: best_TS, *others])
     o_GNK, _, _ = attend_one(q_GNK, k_GSK, v_GSK, mask_TS, scale)
-    best_TS = oracle(view, k) & visible_TS
     share = lambda part_T, whole_T: part_T / jnp.maximum(whole_T, 1e-9)
     return (o_GNK, share((p_TS * mask_TS).sum(-1), p_TS.sum(-1)),
             share((best_TS & mask_TS).sum(-1), best_TS.sum(-1)))

@@ -78,7 +78,7 @@ _attention.defvjp(_forward, _backward)
 
 
 def is_small(T: int, S: int) -> bool:
-  return T <= FEW or max(T, S) <= SMALL
+  return T <= FEW or max(T, S) <= max(SMALL, tiles.large())
 
 
 def forward_one(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, *, causal, scale):
@@ -107,16 +107,21 @@ def backward_one(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_ord
 def cut_row(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, causal):
   """Tile size of the queries, then keys and values in tiles, the mask of a tile pair, and the pairs that meet."""
   (G, N, _), T = q_GNK.shape, len(q_order_T)
-  block = query_tile(T, G * N // T)
+  keys = key_tile()
+  block = min(keys, -(-T // 8) * 8) if tiles.large() else query_tile(T, G * N // T)
   cut = lambda x, axis, size, value=0: tiles.cut(tiles.pad(x, axis, size, value), axis, size)
   q_segment_QT, q_order_QT = cut(q_segment_T, 0, block, tiles.QUERY_PAD), cut(q_order_T, 0, block)
-  k_segment_PS, k_order_PS = cut(k_segment_S, 0, tiles.KEYS, tiles.KEY_PAD), cut(k_order_S, 0, tiles.KEYS)
+  k_segment_PS, k_order_PS = cut(k_segment_S, 0, keys, tiles.KEY_PAD), cut(k_order_S, 0, keys)
 
   def mask(i, p):
     return visible(q_segment_QT[i][:, None], k_segment_PS[p], q_order_QT[i][:, None], k_order_PS[p], causal)
 
   tile_QP, count_Q = tiles.front(tiles.meeting(q_segment_QT, k_segment_PS, q_order_QT, k_order_PS, causal))
-  return block, (cut(k_GSK, 1, tiles.KEYS), cut(v_GSK, 1, tiles.KEYS)), mask, tile_QP, count_Q
+  return block, (cut(k_GSK, 1, keys), cut(v_GSK, 1, keys)), mask, tile_QP, count_Q
+
+
+def key_tile() -> int:
+  return tiles.large() or tiles.KEYS
 
 
 def query_tile(T: int, H: int) -> int:

@@ -4,7 +4,7 @@ B batch, T query time, S key time, H query heads, G KV heads, K head dim, I inde
 """
 import jax
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tiles
 from pallas_kernels.dsa_attention import gpu, reference, tpu, xla
 from pallas_kernels.dsa_attention.output import DSAOutput
 from pallas_kernels.dsa_attention.way import Way, choose
@@ -43,7 +43,9 @@ def dsa_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, iq_BT
   if topk < 1:
     raise ValueError(f'dsa_attention: topk is {topk}, it must be at least 1')
   name = dispatch.choose('dsa_attention', implementation)
-  way = choose(name, q_BTHK.shape[1], k_BSGK.shape[1], topk, want_kl, way)
+  if implementation is None and name == 'gpu' and tiles.one_tile(H, q_BTHK.shape[1], k_BSGK.shape[1]):
+    name = 'xla'
+  way = choose(name, H, q_BTHK.shape[1], k_BSGK.shape[1], topk, want_kl, way)
   return IMPLEMENTATIONS[name](
       q_BTHK, k_BSGK, v_BSGK, iq_BTIJ, ik_BSJ, gate_BTI, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, topk=topk,
       scale=q_BTHK.shape[-1] ** -0.5 if scale is None else scale, selection=selection, want_kl=want_kl, way=way)

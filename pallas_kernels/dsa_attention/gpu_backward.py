@@ -19,8 +19,9 @@ from jax.experimental import pallas as pl
 from pallas_kernels import gpu_call
 from pallas_kernels.dsa_attention import gpu_indexer, gpu_lists
 from pallas_kernels.dsa_attention.gpu_indexer import LOG2E, float32
-from pallas_kernels.dsa_attention.gpu_lists import STEP, dot, own_steps, places, selected
+from pallas_kernels.dsa_attention.gpu_lists import dot, form, own_steps, places, selected
 
+FOLD = 64              # rows of the product that sums over heads, the fewest that a warp group multiplies
 ROWS = 2**18           # of the buffer: at 4 KV heads of 128 1 GiB, and lists of 8192 keys for all cores of an H100
 
 
@@ -34,71 +35,83 @@ def gradients(scale: float, heads: int, want_kl: bool, lists, q_MGNK, do_MGNK, l
   index_MU, _, count_M = lists
   (M, G, N, K), S, T = q_MGNK.shape, len(k_SGK), gate_MTI.shape[1]
   room = min(ROWS, index_MU.size)
+  step, stages = form(k_SGK.dtype)
   inverse = gpu_lists.invert(index_MU, count_M, S)
   queries = gpu_indexer.Queries(*gpu_indexer.stack(iq_MITJ, gate_MTI), index_lse_MT, dkl_MT)
 
-  def one(state):
-    first, dq_MGNK, sums, dkeys = state
-    span = gpu_lists.batch(inverse, first, room)
-    arrays = [*lists, *span[:-1], q_MGNK, do_MGNK, lse_MGN, delta_MGN, k_SGK, v_SGK, dq_MGNK]
-    dq_MGNK, dk_CGK, dv_CGK, p_GCT = gpu_call.call(
-        functools.partial(_gradients, scale=scale, T=T), (M, G), arrays,
-        [float32(M, G, N, K), float32(room + 1, G, K), float32(room + 1, G, K), float32(G, room, T)], warps=8, stages=2,
-        aliases={len(arrays) - 1: 0})
-    rows = [dk_CGK, dv_CGK]
-    if want_kl:
-      sums, dik_CJ = gpu_indexer.gradients(heads, lists, span, queries, p_GCT, ik_SJ, sums)
-      rows.append(dik_CJ)
-    n = len(rows)
-    added = gpu_call.call(_add, (S,), [span.offset_S, span.total_S, *rows, *dkeys[:n]],
-                          [float32(*x.shape) for x in dkeys[:n]], warps=4, stages=1,
-                          aliases={2 + n + i: i for i in range(n)})
-    return first + room, dq_MGNK, sums, (*added, *dkeys[n:])
+  fold_FN = (jnp.arange(FOLD)[:, None] == jnp.arange(N) % T).astype(q_MGNK.dtype)
 
-  start = jnp.int32(0), jnp.zeros((M, G, N, K)), gpu_indexer.zeros(queries), tuple(carry)
+  def one(state):
+    first, dq_MGNK, sums, dkeys = *state[:3], list(state[3])
+    span = gpu_lists.batch(inverse, first, room)
+    arrays = [*lists, *span[:-1], q_MGNK, do_MGNK, lse_MGN, delta_MGN, k_SGK, v_SGK, fold_FN, dq_MGNK]
+    dq_MGNK, dk_CGK, dv_CGK, p_GTC = gpu_call.call(
+        functools.partial(_gradients, scale=scale, T=T, want_kl=want_kl, step=step), (M, G), arrays,
+        [float32(M, G, N, K), float32(room + 1, G, K), float32(room + 1, G, K), float32(G, T, room)], warps=8,
+        stages=stages, aliases={len(arrays) - 1: 0})
+    dkeys[:2] = add(span, [dk_CGK, dv_CGK], dkeys[:2])
+    if want_kl:
+      sums, dik_CJ = gpu_indexer.gradients(heads, lists, span, queries, p_GTC, ik_SJ, sums)
+      dkeys[2:] = add(span, [dik_CJ[:, None]], dkeys[2:])
+    return first + room, dq_MGNK, sums, dkeys
+
+  start = jnp.int32(0), jnp.zeros((M, G, N, K)), gpu_indexer.zeros(queries), [*carry[:2], carry[2][:, None]]
   _, dq_MGNK, sums, dkeys = jax.lax.while_loop(lambda state: state[0] < inverse.length, one, start)
-  return dkeys, (dq_MGNK, *gpu_indexer.unstack(sums, T))
+  return (*dkeys[:2], dkeys[2][:, 0]), (dq_MGNK, *gpu_indexer.of_queries(sums, queries, T))
 
 
 def _gradients(index_ref, word_ref, count_ref, first_ref, start_ref, before_ref, offset_ref, q_ref, do_ref, lse_ref,
-               delta_ref, k_ref, v_ref, dq_before_ref, dq_out, dk_out, dv_out, p_out, *, scale, T):
+               delta_ref, k_ref, v_ref, fold_ref, dq_before_ref, dq_out, dk_out, dv_out, p_out, *, scale, T, want_kl,
+               step):
   m, g = pl.program_id(0), pl.program_id(1)
-  line, count, room = start_ref[m] - first_ref[0], count_ref[m], p_out.shape[1]
-  begin, end = own_steps(first_ref[0], room, start_ref[m], count)
+  line, count, room = start_ref[m] - first_ref[0], count_ref[m], p_out.shape[2]
+  begin, end = own_steps(first_ref[0], room, start_ref[m], count, step)
 
   @pl.when(begin < end)
   def _():
     q_NK, do_NK, lse_N1, delta_N1 = q_ref[m, g], do_ref[m, g], lse_ref[m, g][:, None], delta_ref[m, g][:, None]
     bit_N = jnp.arange(len(q_NK), dtype=jnp.int32) % T
-    fold_NT = (bit_N[:, None] == jnp.arange(T, dtype=jnp.int32)[None]).astype(q_NK.dtype)
+    row_F1 = jnp.arange(FOLD, dtype=jnp.int32)[:, None]
+    fold_FN = fold_ref[...]
 
-    def step(i, dq_NK):
-      here = pl.ds(i * STEP, STEP)
+    def one(i, dq_NK):
+      here = pl.ds(i * step, step)
       index_U = index_ref[m, here]
       on_NU = selected(bit_N, word_ref[m, here])
       place_U = places(index_U, i, m, count, offset_ref, before_ref, room)
       k_UK, v_UK = k_ref[index_U, g], v_ref[index_U, g]
       x_NU = dot(q_NK, k_UK.T) * (scale * LOG2E)
       p_NU = jnp.where(on_NU, jnp.exp2(x_NU - lse_N1 * LOG2E), 0)
-      p_UN = p_NU.astype(v_UK.dtype).T
-      dv_out[place_U, g] = dot(p_UN, do_NK)
-      p_out[g, pl.ds(line + i * STEP, STEP)] = dot(p_UN, fold_NT)
+      few_NU = p_NU.astype(v_UK.dtype)
+      dv_out[place_U, g] = dot(do_NK.T, few_NU).T
+      if want_kl:
+        line_1U = line + i * step + jnp.arange(step, dtype=jnp.int32)[None]
+        gpu_call.store(p_out, (g, row_F1, line_1U), dot(fold_FN, few_NU), row_F1 < T)
       dx_NU = (p_NU * (dot(do_NK, v_UK.T) - delta_N1)).astype(k_UK.dtype)
-      dk_out[place_U, g] = dot(dx_NU.T, q_NK) * scale
+      dk_out[place_U, g] = dot(q_NK.T, dx_NU).T * scale
       return dq_NK + dot(dx_NU, k_UK)
 
-    dq_NK = jax.lax.fori_loop(begin, end, step, jnp.zeros(q_NK.shape, jnp.float32))
+    dq_NK = jax.lax.fori_loop(begin, end, one, jnp.zeros(q_NK.shape, jnp.float32))
     dq_out[m, g] = dq_before_ref[m, g] + dq_NK * scale
+
+
+def add(span: gpu_lists.Batch, rows_CGK, sums_SGK) -> list[jax.Array]:
+  """Sums with the rows of a batch added, for each of some buffers."""
+  n = len(rows_CGK)
+  return gpu_call.call(_add, (len(sums_SGK[0]),), [span.offset_S, span.total_S, *rows_CGK, *sums_SGK],
+                       [float32(*x.shape) for x in sums_SGK], warps=1, stages=1,
+                       aliases={2 + n + i: i for i in range(n)})
 
 
 def _add(offset_ref, total_ref, *refs):
   """Adds the rows of a key: refs are buffers, sums before and, the same memory, sums."""
   s, n = pl.program_id(0), len(refs) // 3
   offset, total = offset_ref[s], total_ref[s]
+  parts = [(i, g) for i in range(n) for g in range(refs[i].shape[1])]
 
   @pl.when(total > 0)
   def _():
-    step = lambda c, sums: tuple(x + rows[offset + c] for x, rows in zip(sums, refs[:n]))
-    sums = jax.lax.fori_loop(0, total, step, tuple(before[s] for before in refs[n:2 * n]))
-    for out, x in zip(refs[2 * n:], sums):
-      out[s] = x
+    one = lambda c, sums: tuple(x + refs[i][offset + c, g] for x, (i, g) in zip(sums, parts))
+    sums = jax.lax.fori_loop(0, total, one, tuple(refs[n + i][s, g] for i, g in parts))
+    for x, (i, g) in zip(sums, parts):
+      refs[2 * n + i][s, g] = x

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import gpu_call
-from pallas_kernels.dsa_attention.gpu_lists import STEP, Batch, dot, own_steps, places, selected
+from pallas_kernels.dsa_attention.gpu_lists import Batch, dot, form, own_steps, places, selected
 from pallas_kernels.indexer_warmup.xla import kl_end
 from pallas_kernels.mask import NEG_INF
 
 PARTS = 4
+ROWS = 128             # index queries that are at work together
 LOG2E = 1.4426950408889634
 
 
@@ -46,13 +47,14 @@ def indexer_loss(scale: float, heads: int, lists, q_MGNK, lse_MGN, iq_MITJ, gate
   """(KL(p || softmax of the scores) over the selected keys, log-sum-exp of their scores), both [M, T].
 
   lists: (index_MU, word_MU, count_M), the keys that a group selected, the queries that did as bits, how many keys; U is
-  a multiple of STEP and entries beyond count_M are 0.
+  a multiple of step and entries beyond count_M are 0.
   """
   M, T, _ = gate_MTI.shape
   state = float32(M, PARTS, T)
+  step, stages = form(k_SGK.dtype)
   parts = gpu_call.call(
-      functools.partial(_loss, scale=scale, heads=heads, T=T), (M, PARTS),
-      [*lists, q_MGNK, lse_MGN, *stack(iq_MITJ, gate_MTI), k_SGK, ik_SJ], [state] * 4, warps=8, stages=2)
+      functools.partial(_loss, scale=scale, heads=heads, T=T, step=step), (M, PARTS),
+      [*lists, q_MGNK, lse_MGN, *stack(iq_MITJ, gate_MTI), k_SGK, ik_SJ], [state] * 4, warps=8, stages=min(stages, 3))
   m_MPT, l_MPT, part_MPT, mass_MPT = parts
   m_MT = m_MPT.max(1)
   l_MT = (l_MPT * jnp.exp(m_MPT - m_MT[:, None])).sum(1)
@@ -77,14 +79,14 @@ def scores(z_UL, gate_L, T: int) -> jax.Array:
 
 
 def _loss(index_ref, word_ref, count_ref, q_ref, lse_ref, iq_ref, gate_ref, k_ref, ik_ref, m_out, l_out, part_out,
-          mass_out, *, scale, heads, T):
+          mass_out, *, scale, heads, T, step):
   m, part = pl.program_id(0), pl.program_id(1)
   G = q_ref.shape[1]
   bit_T, iq_LJ, gate_L = jnp.arange(T, dtype=jnp.int32), iq_ref[m], gate_ref[m]
 
-  def step(i, state):
+  def one(i, state):
     m_T, l_T, part_T, mass_T = state
-    here = pl.ds(i * STEP, STEP)
+    here = pl.ds(i * step, step)
     index_U = index_ref[m, here]
     on_UT = selected(bit_T, word_ref[m, here]).T
     score_UT = scores(dot(ik_ref[index_U], iq_LJ.T), gate_L, T)
@@ -93,7 +95,7 @@ def _loss(index_ref, word_ref, count_ref, q_ref, lse_ref, iq_ref, gate_ref, k_re
       x_UN = dot(k_ref[index_U, g], q_ref[m, g].T) * (scale * LOG2E)
       return p_UT + head_sum(jnp.exp2(x_UN - lse_ref[m, g][None] * LOG2E), T)
 
-    p_UT = jax.lax.fori_loop(0, G, add, jnp.zeros((STEP, T), jnp.float32))
+    p_UT = jax.lax.fori_loop(0, G, add, jnp.zeros((step, T), jnp.float32))
     p_UT = jnp.where(on_UT, p_UT / heads, 0)
     x_UT = jnp.where(on_UT, score_UT, NEG_INF)
     new_T = jnp.maximum(m_T, x_UT.max(0))
@@ -103,68 +105,80 @@ def _loss(index_ref, word_ref, count_ref, q_ref, lse_ref, iq_ref, gate_ref, k_re
 
   zeros_T = jnp.zeros(T, jnp.float32)
   init = jnp.full(T, NEG_INF, jnp.float32), zeros_T, zeros_T, zeros_T
-  state = jax.lax.fori_loop(*own_part(0, pl.cdiv(count_ref[m], STEP)), step, init)
+  state = jax.lax.fori_loop(*own_part(0, pl.cdiv(count_ref[m], step)), one, init)
   for out, x_T in zip((m_out, l_out, part_out, mass_out), state):
     out[m, part] = x_T
 
 
-def zeros(queries: Queries) -> tuple[jax.Array, jax.Array]:
-  """Sums of the parts to begin with: (diq_MPLJ, dgate_MPL)."""
+def zeros(queries: Queries) -> jax.Array:
+  """Sums [M, P, L, J] of the parts to begin with."""
   M, L, J = queries.iq_MLJ.shape
-  return jnp.zeros((M, PARTS, L, J)), jnp.zeros((M, PARTS, L))
+  return jnp.zeros((M, PARTS, L, J))
 
 
-def unstack(sums, T: int) -> tuple[jax.Array, jax.Array]:
-  """(diq_MITJ, dgate_MTI) from the sums of the parts."""
-  diq_MLJ, dgate_ML = (x.sum(1) for x in sums)
-  M, L, J = diq_MLJ.shape
+def of_queries(sum_MPLJ: jax.Array, queries: Queries, T: int) -> tuple[jax.Array, jax.Array]:
+  """(diq_MITJ, dgate_MTI) from the sums of the parts.
+
+  A sum is that of dscore * ik over the keys with iq . ik > 0, dscore being the gradient of a score: times the gate it
+  is diq, and its product with iq is dgate, as relu(iq . ik) is iq . ik on those keys.
+  """
+  sum_MLJ = sum_MPLJ.sum(1)
+  M, L, J = sum_MLJ.shape
+  dgate_ML = (sum_MLJ * queries.iq_MLJ.astype(jnp.float32)).sum(2)
+  diq_MLJ = sum_MLJ * queries.gate_ML[..., None]
   return diq_MLJ.reshape(M, L // T, T, J), dgate_ML.reshape(M, L // T, T).swapaxes(1, 2)
 
 
-def gradients(heads: int, lists, span: Batch, queries: Queries, p_GCT, ik_SJ, sums):
-  """(sums with those of a batch added, what its entries give to dik [C, J] in the order of its buffer).
+def gradients(heads: int, lists, span: Batch, queries: Queries, p_GTC, ik_SJ, sum_MPLJ):
+  """(sums with those of a batch added, what its entries give to dik [C + 1, J] in the order of its buffer).
 
   p: attention probabilities summed over the heads of a KV head, in the order of the line of lists; there are `heads`
   of all. The gradient of a score is (softmax of the scores - p) * dkl.
   """
-  M, _, J = queries.iq_MLJ.shape
-  arrays = [*lists, *span[:-1], *queries, p_GCT, ik_SJ, *sums]
-  *sums, dik_CJ = gpu_call.call(
-      functools.partial(_gradients, heads=heads), (M, PARTS), arrays,
-      [*(float32(*x.shape) for x in sums), float32(p_GCT.shape[1] + 1, J)], warps=8, stages=2,
-      aliases={len(arrays) - 2: 0, len(arrays) - 1: 1})
-  return tuple(sums), dik_CJ
+  iq_MLJ, gate_ML, *rows = queries
+  step, stages = form(ik_SJ.dtype)
+  gated_MLJ = (iq_MLJ * gate_ML[..., None]).astype(iq_MLJ.dtype)
+  arrays = [*lists, *span[:-1], iq_MLJ, gated_MLJ, gate_ML, *rows, p_GTC, ik_SJ, sum_MPLJ]
+  return gpu_call.call(
+      functools.partial(_gradients, heads=heads, step=step), (len(iq_MLJ), PARTS), arrays,
+      [float32(*sum_MPLJ.shape), float32(p_GTC.shape[2] + 1, ik_SJ.shape[1])], warps=8, stages=stages,
+      aliases={len(arrays) - 1: 0})
 
 
-def _gradients(index_ref, word_ref, count_ref, first_ref, start_ref, before_ref, offset_ref, iq_ref, gate_ref,
-               index_lse_ref, dkl_ref, p_ref, ik_ref, diq_before_ref, dgate_before_ref, diq_out, dgate_out, dik_out, *,
-               heads):
+def _gradients(index_ref, word_ref, count_ref, first_ref, start_ref, before_ref, offset_ref, iq_ref, gated_ref,
+               gate_ref, index_lse_ref, dkl_ref, p_ref, ik_ref, sum_before_ref, sum_out, dik_out, *, heads, step):
   m, part = pl.program_id(0), pl.program_id(1)
-  G, room, T = p_ref.shape
+  G, T, room = p_ref.shape
   _, L, J = iq_ref.shape
+  size = min(L, ROWS)
+  blocks = [pl.ds(l, size) for l in range(0, L, size)]
   line, count = start_ref[m] - first_ref[0], count_ref[m]
-  begin, end = own_part(*own_steps(first_ref[0], room, start_ref[m], count))
+  begin, end = own_part(*own_steps(first_ref[0], room, start_ref[m], count, step))
 
   @pl.when(begin < end)
   def _():
-    bit_T, iq_LJ, gate_L = jnp.arange(T, dtype=jnp.int32), iq_ref[m], gate_ref[m]
-    index_lse_T, dkl_T = index_lse_ref[m], dkl_ref[m]
+    bit_T, index_lse_T, dkl_T = jnp.arange(T, dtype=jnp.int32), index_lse_ref[m], dkl_ref[m]
+    queries = [(iq_ref[m, b], gated_ref[m, b]) for b in blocks]
 
-    def step(i, state):
-      diq_LJ, dgate_L = state
-      here = pl.ds(i * STEP, STEP)
+    def one(i, sums):
+      here = pl.ds(i * step, step)
       index_U = index_ref[m, here]
       place_U = places(index_U, i, m, count, offset_ref, before_ref, room)
       ik_UJ, on_UT = ik_ref[index_U], selected(bit_T, word_ref[m, here]).T
-      z_UL = dot(ik_UJ, iq_LJ.T)
-      p_UT = sum(p_ref[g, pl.ds(line + i * STEP, STEP)] for g in range(G)) / heads
-      x_UT = jnp.where(on_UT, scores(z_UL, gate_L, T) - index_lse_T[None], NEG_INF)
-      dscore_UT = jnp.where(on_UT, jnp.exp(x_UT) - p_UT, 0) * dkl_T[None]
-      dscore_UL = jnp.broadcast_to(dscore_UT[:, None], (STEP, L // T, T)).reshape(STEP, L)
-      dz_UL = jnp.where(z_UL > 0, dscore_UL * gate_L[None], 0).astype(ik_UJ.dtype)
-      dik_out[place_U] = dot(dz_UL, iq_LJ)
-      return diq_LJ + dot(dz_UL.T, ik_UJ), dgate_L + (jnp.maximum(z_UL, 0) * dscore_UL).sum(0)
+      score_UT = sum(scores(dot(ik_UJ, iq_LJ.T), gate_ref[m, b], T) for b, (iq_LJ, _) in zip(blocks, queries))
+      p_TU = sum(p_ref[g, :, pl.ds(line + i * step, step)] for g in range(G)) / heads
+      x_UT = jnp.where(on_UT, score_UT - index_lse_T[None], NEG_INF)
+      dscore_UT = jnp.where(on_UT, jnp.exp(x_UT) - p_TU.T, 0) * dkl_T[None]
+      dscore_TU = dscore_UT.astype(ik_UJ.dtype).T
+      dscore_LU = jnp.broadcast_to(dscore_TU[None], (size // T, T, step)).reshape(size, step)
+      dik_JU, new = jnp.zeros((J, step), jnp.float32), []
+      for (iq_LJ, gated_LJ), sum_LJ in zip(queries, sums):
+        above_LU = jnp.where(dot(iq_LJ, ik_UJ.T) > 0, dscore_LU, 0)
+        dik_JU += dot(gated_LJ.T, above_LU)
+        new.append(sum_LJ + dot(above_LU, ik_UJ))
+      dik_out[place_U] = dik_JU.T
+      return tuple(new)
 
-    diq_LJ, dgate_L = jax.lax.fori_loop(begin, end, step, (jnp.zeros((L, J), jnp.float32), jnp.zeros(L, jnp.float32)))
-    diq_out[m, part] = diq_before_ref[m, part] + diq_LJ
-    dgate_out[m, part] = dgate_before_ref[m, part] + dgate_L
+    sums = jax.lax.fori_loop(begin, end, one, tuple(jnp.zeros((size, J), jnp.float32) for _ in blocks))
+    for b, sum_LJ in zip(blocks, sums):
+      sum_out[m, part, b] = sum_before_ref[m, part, b] + sum_LJ

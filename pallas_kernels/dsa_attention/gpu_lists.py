@@ -95,15 +95,22 @@ def _count(span_ref, start_ref, rank_ref, before_out, within_out, total_out, sum
   sum_out[n] = total_S.sum()
 
 
-def own_steps(first, room: int, start, count):
+def form(dtype) -> tuple[int, int]:
+  """(keys of a step, stages of the pipeline) of kernels that gather keys: a gather through a list is only overlapped
+  with products from 5 stages on, for which there is no room when elements are wide."""
+  return (STEP, 5) if jnp.dtype(dtype).itemsize <= 2 else (STEP // 2, 1)
+
+
+def own_steps(first, room: int, start, count, step: int):
   """The steps over a list, from and to, that lie in the span."""
-  return jnp.maximum(first - start, 0) // STEP, pl.cdiv(jnp.minimum(first + room - start, count), STEP)
+  return jnp.maximum(first - start, 0) // step, pl.cdiv(jnp.minimum(first + room - start, count), step)
 
 
 def places(index_U, i, m, count, offset_ref, before_ref, room: int) -> jax.Array:
   """Rows of the buffer of step i over the list of group m. Those behind its end share one that nobody reads: stores by
   whole rows are wide ones, masked stores are not."""
-  mask_U = i * STEP + jnp.arange(STEP, dtype=jnp.int32) < count
+  step, = index_U.shape
+  mask_U = i * step + jnp.arange(step, dtype=jnp.int32) < count
   return jnp.where(mask_U, offset_ref[index_U] + before_ref[m, index_U], room)
 
 

@@ -6,7 +6,7 @@ neighbouring queries selected out of their rows first, so that long rows cost wh
 not few of their keys are masked all the same (`chunks.gathered_or`). Scores, thresholds and the backward pass do not
 depend on the way: it is masked tiles in both, as is the pass of the indexer's loss, which needs them anyway.
 
-T query time, S key time.
+H query heads, T query time, S key time.
 """
 from typing import Literal
 
@@ -26,14 +26,14 @@ WAYS = {'reference': ('masked_dense',), 'xla': ('masked_dense', 'gathered'), 'tp
 CROSSOVER = {'cpu': 2.0}
 
 
-def choose(implementation: str, T: int, S: int, topk: int, want_kl: bool, way: Way | None) -> Way:
+def choose(implementation: str, H: int, T: int, S: int, topk: int, want_kl: bool, way: Way | None) -> Way:
   """`way`, or when it is None the better one for these shapes. Raises ValueError for one that does not exist."""
   existing = WAYS[implementation]
   if way is None and len(existing) == 1:
     return existing[0]
   if way is None:
     crossover = CROSSOVER.get(dispatch.platform(), CROSSOVER['cpu'])
-    short = is_small(T, S) or S <= crossover * max(topk, union.GATHER)
+    short = is_small(H, T, S) or S <= crossover * max(topk, union.GATHER)
     return 'masked_dense' if short or want_kl else 'gathered'
   if way not in existing:
     raise ValueError(f'dsa_attention: {implementation} has no way {way!r}; use {" or ".join(existing)}')

@@ -30,7 +30,7 @@ def shape(options: Options, rows: Row) -> tuple[bool, bool]:
   """(is a row one tile, does the batch go in a loop)."""
   _, G, N, _ = rows.q_GNK.shape
   T, S = rows.q_order_T.shape[1], rows.k_order_S.shape[1]
-  small = index.is_small(T, S) and options.way == 'masked_dense'
+  small = index.is_small(G * N // T, T, S) and options.way == 'masked_dense'
   return small, not small or G * N * S >= tiles.MANY
 
 

@@ -130,8 +130,8 @@ def in_scores(buffer_PTS, query: Queries, keys: Keys, fn: Callable):
   return buffer_PTS, jax.lax.switch(choice, [prefix(n) for n in lengths], buffer_PTS)
 
 
-def is_small(T: int, S: int) -> bool:
-  return max(T, S) <= SMALL or T * S <= SMALL * SMALL and S <= WIDE
+def is_small(heads: int, T: int, S: int) -> bool:
+  return max(T, S) <= SMALL or T * S <= SMALL * SMALL and S <= WIDE or tiles.one_tile(heads, T, S)
 
 
 def index_select(iq_BTIJ, ik_BSJ, gate_BTI, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, *, topk) -> Selection:
@@ -139,7 +139,7 @@ def index_select(iq_BTIJ, ik_BSJ, gate_BTI, q_segment_BT, k_segment_BS, q_order_
   S = ik_BSJ.shape[1]
   if topk >= S:
     return keep_all((B, T))
-  small = is_small(T, S)
+  small = is_small(I, T, S)
   row = functools.partial(select_one if small else select_tiles, topk)
   return Selection(*tiles.over_rows(row, (iq_BTIJ.swapaxes(1, 2), ik_BSJ, gate_BTI, q_segment_BT, k_segment_BS,
                                           q_order_BT, k_order_BS), loop=not small or I * T * S >= tiles.MANY))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tiles
-from pallas_kernels.dense_attention.xla import cut_queries, cut_row, is_small
+from pallas_kernels.dense_attention.xla import cut_queries, cut_row, is_small, key_tile
 from pallas_kernels.equation import equation, kept
 from pallas_kernels.index_select.xla import products, score
 from pallas_kernels.mask import NEG_INF, visible
@@ -103,7 +103,7 @@ def cut_index(row: Row, block: int):
   """Index queries and gates in query tiles [Q, I, T, J], [Q, T, I], index keys in key tiles [P, S, J]."""
   iq_QITJ = tiles.cut(tiles.pad(row.iq_ITJ, 1, block), 1, block)
   gate_QTI = tiles.cut(tiles.pad(row.gate_TI, 0, block), 0, block)
-  return iq_QITJ, gate_QTI, tiles.cut(tiles.pad(row.ik_SJ, 0, tiles.KEYS), 0, tiles.KEYS)
+  return iq_QITJ, gate_QTI, tiles.cut(tiles.pad(row.ik_SJ, 0, key_tile()), 0, key_tile())
 
 
 def cut_all(row: Row):

@@ -138,13 +138,13 @@ def test_our_side_runs():
   import jax
 
   from keye_jax.nn import keye
-  from launch import bench_model
+  from launch import bench_model, bench_timing
   text = dataclasses.replace(bench_model.MODEL.text, layers=1, embed=16, heads=2, kv_heads=1, head_dim=8, vocab=32,
                              ffn=8, experts=2, experts_per_token=1)
   config = dataclasses.replace(bench_model.MODEL, text=text)
   params = keye.init(config, jax.random.key(0))
   for side in (bench_model.prefill(config, params, 16), bench_model.train(config, params, 16),
-               bench_model.decode(config, params, 16, 2), bench_model.probe()):
+               bench_model.decode(config, params, 16, 2), bench_timing.probe()):
     assert side() > 0 and side() > 0
 
 

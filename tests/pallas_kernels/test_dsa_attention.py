@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import tpu_call
+from pallas_kernels import dispatch, tiles, tpu_call
 from pallas_kernels.dsa_attention import Selection, chunks, dsa_attention, union, way
 from pallas_kernels.mask import NEG_INF
 from tests.pallas_kernels import cases, independent, kinds
@@ -146,12 +146,37 @@ class TestWays:
         (edge, edge, False, 'xla', 'masked_dense'), (edge + 1, edge + 1, False, 'xla', 'gathered'),
         (1, edge + 1, False, 'xla', 'gathered'), (edge + 1, edge + 1, True, 'xla', 'masked_dense'),
         (edge + 1, edge + 1, False, 'tpu', 'masked_dense'), (edge + 1, edge + 1, False, 'reference', 'masked_dense')):
-      assert way.choose(implementation, T, S, k, want_kl, None) == expected, (T, S, want_kl, implementation)
-    assert way.choose('xla', 256, 256, 8, False, None) == 'masked_dense'         # a row in one tile
-    assert way.choose('xla', 2048, 2048, 256, False, None) == 'masked_dense'     # a gather takes no fewer than 1024
-    assert way.choose('xla', 8, 8, k, True, 'gathered') == 'gathered'
+      assert way.choose(implementation, 2, T, S, k, want_kl, None) == expected, (T, S, want_kl, implementation)
+    assert way.choose('xla', 2, 256, 256, 8, False, None) == 'masked_dense'         # a row in one tile
+    assert way.choose('xla', 2, 2048, 2048, 256, False, None) == 'masked_dense'     # a gather takes no fewer than 1024
+    assert way.choose('xla', 2, 8, 8, k, True, 'gathered') == 'gathered'
     with pytest.raises(ValueError, match="dsa_attention: tpu has no way 'gathered'; use masked_dense"):
-      way.choose('tpu', 8, 8, k, False, 'gathered')
+      way.choose('tpu', 2, 8, 8, k, False, 'gathered')
+
+  def test_a_long_row_is_one_tile_where_a_platform_says_so(self, monkeypatch):
+    """As on a GPU: no loop over tiles is left, and values and gradients are those of the tiles."""
+    case = cases.make(6, T=40).cast('float32')
+    def loss(q, ik):
+      out = dsa_attention(q, case.k, case.v, case.iq, ik, *case[5:], topk=6)
+      return out.o_BTHK.sum() + out.kl_BT.sum()
+    gradient = lambda: jax.grad(lambda *x: loss(*x), (0, 1))
+    loops = lambda: 'argsort' in str(jax.make_jaxpr(gradient())(case.q, case.ik))
+    with kinds.small('tiles'):
+      expected = jax.jit(gradient())(case.q, case.ik)
+      monkeypatch.setattr(tiles, 'ONE_TILE', {'cpu': 4 * 40 * 40 - 1})
+      assert loops()
+      monkeypatch.setattr(tiles, 'ONE_TILE', {'cpu': 4 * 40 * 40})
+      assert not loops()
+      for got, want in zip(jax.jit(gradient())(case.q, case.ik), expected):
+        assert_close(got, want)
+
+  def test_kernels_of_a_gpu_are_for_rows_of_more_than_one_tile(self, monkeypatch):
+    case = cases.make(6, T=64).cast('float32')
+    monkeypatch.setattr(dispatch, 'platform', lambda: 'gpu')
+    kernels = lambda: 'pallas_call' in str(jax.make_jaxpr(lambda *x: dsa_attention(*x, topk=6).o_BTHK)(*case))
+    assert not kernels()
+    monkeypatch.setattr(tiles, 'ONE_TILE', {'gpu': 4 * 64 * 64 - 1})
+    assert kernels()
 
   # Prefill is just below it, or above; decoding above.
   @pytest.mark.parametrize('crossover', [pytest.param(3.0, marks=pytest.mark.slow), 0.0])

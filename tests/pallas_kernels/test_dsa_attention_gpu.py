@@ -64,6 +64,7 @@ def interpreted(monkeypatch):
   monkeypatch.setattr(gpu_lists, 'KEYS', 16)
   monkeypatch.setattr(gpu_lists, 'WRITERS', 2)
   monkeypatch.setattr(gpu_indexer, 'PARTS', 2)
+  monkeypatch.setattr(gpu_indexer, 'ROWS', 8)
 
 
 @pytest.mark.usefixtures('interpreted')

@@ -2,6 +2,8 @@ import jax
 import numpy as np
 import pytest
 
+from pallas_kernels import tiles
+from pallas_kernels.dense_attention import dense_attention
 from tests.pallas_kernels import cases, independent, kinds
 from tests.tolerances import assert_close
 
@@ -54,3 +56,15 @@ class TestEveryImplementation:
     grads, kl = kinds.warmup(kind)(case, lse_of(case))
     assert (np.asarray(kl)[:, 5] == 0).all() and (np.asarray(grads[3])[:, 5] == 0).all()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((grads, kl)))
+
+
+def test_large_tiles_where_a_platform_has_no_cache_to_suit(monkeypatch):
+  """As on a GPU, attention and the loss of its indexer: some tiles are left out, and a row of few tokens is one."""
+  case = cases.make(5, **SIZE | dict(T=40), layout='packed').cast('float32')
+  want = jax.tree.leaves((kinds.dense('reference')(*case.dense), kinds.warmup('reference')(case, lse_of(case))))
+  monkeypatch.setattr(kinds, 'SMALL', ((tiles, 'LARGE', {'cpu': 16}), *kinds.SMALL))
+  got = jax.tree.leaves((kinds.dense('tiles')(*case.dense), kinds.warmup('tiles')(case, lse_of(case))))
+  for a, b in zip(got, want):
+    assert_close(a, b)
+  monkeypatch.setattr(kinds, 'SMALL', ((tiles, 'LARGE', {'cpu': 40}), *kinds.SMALL[1:]))
+  assert 'argsort' not in str(jax.make_jaxpr(kinds.named('tiles', dense_attention))(*case.dense))

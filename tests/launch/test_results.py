@@ -1,0 +1,34 @@
+"""What an evidence file says of the machine and the commit."""
+import types
+
+import jax
+import pytest
+
+from launch import results
+
+
+@pytest.fixture(autouse=True)
+def asked_anew():
+  results.commit.cache_clear()
+  yield
+  results.commit.cache_clear()
+
+
+def test_hardware_names_the_accelerators(monkeypatch):
+  alone = results.hardware()
+  assert 'cores' in alone and ';' not in alone               # computations run on the processor here
+  card = types.SimpleNamespace(platform='gpu', device_kind='NVIDIA H100 80GB HBM3')
+  monkeypatch.setattr(jax, 'devices', lambda: [card])
+  assert results.hardware() == f'NVIDIA H100 80GB HBM3; {alone}'
+  monkeypatch.setattr(jax, 'devices', lambda: [card, card])
+  assert results.hardware() == f'2 x NVIDIA H100 80GB HBM3; {alone}'
+
+
+def test_a_copy_without_history_is_told_its_commit(monkeypatch, tmp_path):
+  monkeypatch.setattr(results, 'FOLDER', tmp_path / 'docs' / 'results')
+  results.FOLDER.mkdir(parents=True)
+  monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
+  assert results.commit() == ''
+  results.commit.cache_clear()
+  monkeypatch.setenv(results.COMMIT, '0123456789abcdef')
+  assert results.commit() == '0123456789abcdef'

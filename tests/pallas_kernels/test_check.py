@@ -1,0 +1,21 @@
+"""The check that runs on a device, at tiny shapes, and with an implementation that is wrong."""
+from pallas_kernels import check
+
+SMALL = check.Case('float32', 8, 24, 5, first=6, H=4, G=2, K=8, I=2, J=8)
+
+
+def test_a_row_for_each_op_and_quantity_within_its_limit(monkeypatch):
+  monkeypatch.setattr(check, 'PAGE', 4)
+  found = list(check.rows((SMALL,)))
+  assert {row.op for row in found} == {'dsa_attention', 'dsa_decode', 'dsa_decode 8 bits'}
+  assert {row.what for row in found} >= {'o', 'lse', 'kl', 'dq', 'dk', 'dv', 'diq', 'dik', 'dgate', 'selection'}
+  assert all(row.error <= row.limit for row in found), found
+
+
+def test_a_wrong_implementation_is_over_its_limit(monkeypatch):
+  wrong = check.attention(SMALL, None)
+  make = lambda case, name: (lambda do, *x: wrong(do, x[0] * 1.01, *x[1:])) if name is None else check.attention(
+      case, name)
+  do = check.inputs(SMALL)[0]
+  found = {row.what: row for row in check.compare('op', SMALL, ('o', 'lse'), make, (do, *check.inputs(SMALL)))}
+  assert found['o'].error > found['o'].limit and found['lse'].error > found['lse'].limit
