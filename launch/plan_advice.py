@@ -14,7 +14,7 @@ def advice(config: RunConfig, found: dict[str, Any]) -> list[str]:
     kept = size['parameters'] + size['optimizer']
     if kept > size['hbm'] / 2:
       lines.append(f'parameters and optimizer alone take {kept / GIB:.1f} of {size["hbm"] / GIB:.0f} GiB: use more '
-                   'devices, or model.param_dtype = bfloat16')
+                   'devices' + (', or model.param_dtype = bfloat16' if model.param_dtype == 'float32' else ''))
     if model.remat in ('none', 'attention'):
       lines.append("model.remat = 'block' keeps one hidden state a layer instead of "
                    + ('all activations' if model.remat == 'none' else "that and attention's output"))
