@@ -197,7 +197,8 @@ def answers_table(found: Summary) -> list[str]:
 def answers_cell(x: Mapping[str, Any] | None, absolute: bool) -> str:
   if x is None:
     return 'not run'
-  less = '' if absolute else f' ({-x["less"]:+.0%}, {-x["high"]:+.0%} to {-x["low"]:+.0%})'
+  more = lambda name: f'{0 - x[name]:+.0%}'            # 0 less is no more, not -0
+  less = '' if absolute else f' ({more("less")}, {more("high")} to {more("low")})'
   return f'{x["exact"]:.0%}{less}'
 
 
