@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import gpu_call
 from pallas_kernels.dsa_attention import gpu_indexer, gpu_lists
 from pallas_kernels.dsa_attention.gpu_indexer import LOG2E, float32
-from pallas_kernels.dsa_attention.gpu_lists import STEP, dot, form, own_steps, places, selected
+from pallas_kernels.dsa_attention.gpu_lists import STEP, TOGETHER, dot, form, own_steps, places, selected
 
 FOLD = 64              # rows of the product that sums over heads, the fewest that a warp group multiplies
 BUFFER = 2**30         # bytes: at 4 KV heads of 128 in bfloat16 those of 64 lists of 8192 keys
@@ -35,7 +35,7 @@ def gradients(scale: float, heads: int, want_kl: bool, lists, q_MGNK, do_MGNK, l
   index_MU, _, count_M = lists
   (M, G, N, K), S, T = q_MGNK.shape, len(k_SGK), gate_MTI.shape[1]
   room = min(max(BUFFER // (2 * G * K * k_SGK.dtype.itemsize) // STEP, 1) * STEP, index_MU.size)
-  row = jax.ShapeDtypeStruct((room + 1, G, K), k_SGK.dtype)
+  row = jax.ShapeDtypeStruct((room + TOGETHER, G, K), k_SGK.dtype)
   step, stages = form(k_SGK.dtype)
   inverse = gpu_lists.invert(index_MU, count_M, S)
   queries = gpu_indexer.Queries(*gpu_indexer.stack(iq_MITJ, gate_MTI), index_lse_MT, dkl_MT)
@@ -116,7 +116,11 @@ def _add(offset_ref, total_ref, *refs):
 
   @pl.when(total > 0)
   def _():
-    one = lambda c, sums: tuple(x + refs[i][offset + c, g].astype(jnp.float32) for x, (i, g) in zip(sums, parts))
-    sums = jax.lax.fori_loop(0, total, one, tuple(refs[n + i][s, g] for i, g in parts))
+    def one(c, sums):
+      here = c * TOGETHER + jnp.arange(TOGETHER, dtype=jnp.int32)
+      rows = [refs[i][pl.ds(offset + c * TOGETHER, TOGETHER), g].astype(jnp.float32) for i, g in parts]
+      return tuple(x + jnp.where((here < total)[:, None], row, 0).sum(0) for x, row in zip(sums, rows))
+
+    sums = jax.lax.fori_loop(0, pl.cdiv(total, TOGETHER), one, tuple(refs[n + i][s, g] for i, g in parts))
     for x, (i, g) in zip(sums, parts):
       refs[2 * n + i][s, g] = x

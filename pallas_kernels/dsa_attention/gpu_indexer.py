@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import gpu_call
-from pallas_kernels.dsa_attention.gpu_lists import Batch, dot, form, own_steps, places, selected
+from pallas_kernels.dsa_attention.gpu_lists import TOGETHER, Batch, dot, form, own_steps, places, selected
 from pallas_kernels.indexer_warmup.xla import kl_end
 from pallas_kernels.mask import NEG_INF
 
@@ -139,7 +139,7 @@ def of_queries(sum_MPLJ: jax.Array, queries: Queries, T: int) -> tuple[jax.Array
 
 
 def gradients(heads: int, lists, span: Batch, queries: Queries, p_GTC, ik_SJ, sum_MPLJ):
-  """(sums with those of a batch added, what its entries give to dik [C + 1, J] in the order of its buffer).
+  """(sums with those of a batch added, what its entries give to dik [C + TOGETHER, J] in the order of its buffer).
 
   p: attention probabilities summed over the heads of a KV head, in the order of the line of lists; there are `heads`
   of all. The gradient of a score is (softmax of the scores - p) * dkl.
@@ -150,7 +150,7 @@ def gradients(heads: int, lists, span: Batch, queries: Queries, p_GTC, ik_SJ, su
   arrays = [*lists, *span[:-1], iq_MLJ, gated_MLJ, gate_ML, *rows, p_GTC, ik_SJ, sum_MPLJ]
   return gpu_call.call(
       functools.partial(_gradients, heads=heads, step=step), (len(iq_MLJ), PARTS), arrays,
-      [float32(*sum_MPLJ.shape), float32(p_GTC.shape[2] + 1, ik_SJ.shape[1])], warps=8, stages=stages,
+      [float32(*sum_MPLJ.shape), float32(p_GTC.shape[2] + TOGETHER, ik_SJ.shape[1])], warps=8, stages=stages,
       aliases={len(arrays) - 1: 0})
 
 
