@@ -19,10 +19,10 @@ from jax.experimental import pallas as pl
 from pallas_kernels import gpu_call
 from pallas_kernels.dsa_attention import gpu_indexer, gpu_lists
 from pallas_kernels.dsa_attention.gpu_indexer import LOG2E, float32
-from pallas_kernels.dsa_attention.gpu_lists import dot, form, own_steps, places, selected
+from pallas_kernels.dsa_attention.gpu_lists import STEP, TOGETHER, dot, form, own_steps, places, selected
 
 FOLD = 64              # rows of the product that sums over heads, the fewest that a warp group multiplies
-ROWS = 2**18           # of the buffer: at 4 KV heads of 128 1 GiB, and lists of 8192 keys for all cores of an H100
+BUFFER = 2**30         # bytes: at 4 KV heads of 128 in bfloat16 those of 64 lists of 8192 keys
 
 
 def gradients(scale: float, heads: int, want_kl: bool, lists, q_MGNK, do_MGNK, lse_MGN, delta_MGN, iq_MITJ, gate_MTI,
@@ -34,7 +34,8 @@ def gradients(scale: float, heads: int, want_kl: bool, lists, q_MGNK, do_MGNK, l
   """
   index_MU, _, count_M = lists
   (M, G, N, K), S, T = q_MGNK.shape, len(k_SGK), gate_MTI.shape[1]
-  room = min(ROWS, index_MU.size)
+  room = min(max(BUFFER // (2 * G * K * k_SGK.dtype.itemsize) // STEP, 1) * STEP, index_MU.size)
+  row = jax.ShapeDtypeStruct((room + TOGETHER, G, K), k_SGK.dtype)
   step, stages = form(k_SGK.dtype)
   inverse = gpu_lists.invert(index_MU, count_M, S)
   queries = gpu_indexer.Queries(*gpu_indexer.stack(iq_MITJ, gate_MTI), index_lse_MT, dkl_MT)
@@ -47,7 +48,7 @@ def gradients(scale: float, heads: int, want_kl: bool, lists, q_MGNK, do_MGNK, l
     arrays = [*lists, *span[:-1], q_MGNK, do_MGNK, lse_MGN, delta_MGN, k_SGK, v_SGK, fold_FN, dq_MGNK]
     dq_MGNK, dk_CGK, dv_CGK, p_GTC = gpu_call.call(
         functools.partial(_gradients, scale=scale, T=T, want_kl=want_kl, step=step), (M, G), arrays,
-        [float32(M, G, N, K), float32(room + 1, G, K), float32(room + 1, G, K), float32(G, T, room)], warps=8,
+        [float32(M, G, N, K), row, row, float32(G, T, room)], warps=8,
         stages=stages, aliases={len(arrays) - 1: 0})
     dkeys[:2] = add(span, [dk_CGK, dv_CGK], dkeys[:2])
     if want_kl:
@@ -74,24 +75,28 @@ def _gradients(index_ref, word_ref, count_ref, first_ref, start_ref, before_ref,
     row_F1 = jnp.arange(FOLD, dtype=jnp.int32)[:, None]
     fold_FN = fold_ref[...]
 
-    def one(i, dq_NK):
+    def places_of(i):
+      return places(index_ref[m, pl.ds(i * step, step)], i, m, count, offset_ref, before_ref, room)
+
+    def one(i, state):
+      dq_NK, place_U = state
+      next_U = places_of(jnp.minimum(i + 1, end - 1))
       here = pl.ds(i * step, step)
       index_U = index_ref[m, here]
       on_NU = selected(bit_N, word_ref[m, here])
-      place_U = places(index_U, i, m, count, offset_ref, before_ref, room)
       k_UK, v_UK = k_ref[index_U, g], v_ref[index_U, g]
       x_NU = dot(q_NK, k_UK.T) * (scale * LOG2E)
       p_NU = jnp.where(on_NU, jnp.exp2(x_NU - lse_N1 * LOG2E), 0)
       few_NU = p_NU.astype(v_UK.dtype)
-      dv_out[place_U, g] = dot(do_NK.T, few_NU).T
+      dv_out[place_U, g] = dot(do_NK.T, few_NU).astype(dv_out.dtype).T
       if want_kl:
         line_1U = line + i * step + jnp.arange(step, dtype=jnp.int32)[None]
         gpu_call.store(p_out, (g, row_F1, line_1U), dot(fold_FN, few_NU), row_F1 < T)
       dx_NU = (p_NU * (dot(do_NK, v_UK.T) - delta_N1)).astype(k_UK.dtype)
-      dk_out[place_U, g] = dot(q_NK.T, dx_NU).T * scale
-      return dq_NK + dot(dx_NU, k_UK)
+      dk_out[place_U, g] = (dot(q_NK.T, dx_NU) * scale).astype(dk_out.dtype).T
+      return dq_NK + dot(dx_NU, k_UK), next_U
 
-    dq_NK = jax.lax.fori_loop(begin, end, one, jnp.zeros(q_NK.shape, jnp.float32))
+    dq_NK, _ = jax.lax.fori_loop(begin, end, one, (jnp.zeros(q_NK.shape, jnp.float32), places_of(begin)))
     dq_out[m, g] = dq_before_ref[m, g] + dq_NK * scale
 
 
@@ -111,7 +116,11 @@ def _add(offset_ref, total_ref, *refs):
 
   @pl.when(total > 0)
   def _():
-    one = lambda c, sums: tuple(x + refs[i][offset + c, g] for x, (i, g) in zip(sums, parts))
-    sums = jax.lax.fori_loop(0, total, one, tuple(refs[n + i][s, g] for i, g in parts))
+    def one(c, sums):
+      here = c * TOGETHER + jnp.arange(TOGETHER, dtype=jnp.int32)
+      rows = [refs[i][pl.ds(offset + c * TOGETHER, TOGETHER), g].astype(jnp.float32) for i, g in parts]
+      return tuple(x + jnp.where((here < total)[:, None], row, 0).sum(0) for x, row in zip(sums, rows))
+
+    sums = jax.lax.fori_loop(0, pl.cdiv(total, TOGETHER), one, tuple(refs[n + i][s, g] for i, g in parts))
     for x, (i, g) in zip(sums, parts):
       refs[2 * n + i][s, g] = x

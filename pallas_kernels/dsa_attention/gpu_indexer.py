@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import gpu_call
-from pallas_kernels.dsa_attention.gpu_lists import Batch, dot, form, own_steps, places, selected
+from pallas_kernels.dsa_attention.gpu_lists import TOGETHER, Batch, dot, form, own_steps, places, selected
 from pallas_kernels.indexer_warmup.xla import kl_end
 from pallas_kernels.mask import NEG_INF
 
@@ -52,6 +52,7 @@ def indexer_loss(scale: float, heads: int, lists, q_MGNK, lse_MGN, iq_MITJ, gate
   M, T, _ = gate_MTI.shape
   state = float32(M, PARTS, T)
   step, stages = form(k_SGK.dtype)
+  step = 2 * step
   parts = gpu_call.call(
       functools.partial(_loss, scale=scale, heads=heads, T=T, step=step), (M, PARTS),
       [*lists, q_MGNK, lse_MGN, *stack(iq_MITJ, gate_MTI), k_SGK, ik_SJ], [state] * 4, warps=8, stages=min(stages, 3))
@@ -73,6 +74,12 @@ def head_sum(x_UN, T: int) -> jax.Array:
   return x_UN.reshape(U, N // T, T).sum(1)
 
 
+def blocks_of(L: int, most: int, T: int) -> list[pl.Slice]:
+  """Stacked index queries in blocks of `most`, but of whole heads."""
+  size = min(L, max(most, T))
+  return [pl.ds(l, size) for l in range(0, L, size)]
+
+
 def scores(z_UL, gate_L, T: int) -> jax.Array:
   score_UT = head_sum(jnp.maximum(z_UL, 0) * gate_L[None], T)
   return jnp.where(score_UT == 0, 0.0, score_UT)
@@ -82,14 +89,14 @@ def _loss(index_ref, word_ref, count_ref, q_ref, lse_ref, iq_ref, gate_ref, k_re
           mass_out, *, scale, heads, T, step):
   m, part = pl.program_id(0), pl.program_id(1)
   G = q_ref.shape[1]
-  bit_T, iq_LJ, gate_L = jnp.arange(T, dtype=jnp.int32), iq_ref[m], gate_ref[m]
+  bit_T, L = jnp.arange(T, dtype=jnp.int32), iq_ref.shape[1]
+  queries = [(b, iq_ref[m, b]) for b in blocks_of(L, ROWS // 2, T)]
 
   def one(i, state):
     m_T, l_T, part_T, mass_T = state
     here = pl.ds(i * step, step)
     index_U = index_ref[m, here]
     on_UT = selected(bit_T, word_ref[m, here]).T
-    score_UT = scores(dot(ik_ref[index_U], iq_LJ.T), gate_L, T)
 
     def add(g, p_UT):
       x_UN = dot(k_ref[index_U, g], q_ref[m, g].T) * (scale * LOG2E)
@@ -97,6 +104,8 @@ def _loss(index_ref, word_ref, count_ref, q_ref, lse_ref, iq_ref, gate_ref, k_re
 
     p_UT = jax.lax.fori_loop(0, G, add, jnp.zeros((step, T), jnp.float32))
     p_UT = jnp.where(on_UT, p_UT / heads, 0)
+    ik_UJ = ik_ref[index_U]
+    score_UT = sum(scores(dot(ik_UJ, iq_LJ.T), gate_ref[m, b], T) for b, iq_LJ in queries)
     x_UT = jnp.where(on_UT, score_UT, NEG_INF)
     new_T = jnp.maximum(m_T, x_UT.max(0))
     l_T = l_T * jnp.exp(m_T - new_T) + jnp.where(on_UT, jnp.exp(x_UT - new_T[None]), 0).sum(0)
@@ -130,7 +139,7 @@ def of_queries(sum_MPLJ: jax.Array, queries: Queries, T: int) -> tuple[jax.Array
 
 
 def gradients(heads: int, lists, span: Batch, queries: Queries, p_GTC, ik_SJ, sum_MPLJ):
-  """(sums with those of a batch added, what its entries give to dik [C + 1, J] in the order of its buffer).
+  """(sums with those of a batch added, what its entries give to dik [C + TOGETHER, J] in the order of its buffer).
 
   p: attention probabilities summed over the heads of a KV head, in the order of the line of lists; there are `heads`
   of all. The gradient of a score is (softmax of the scores - p) * dkl.
@@ -141,7 +150,7 @@ def gradients(heads: int, lists, span: Batch, queries: Queries, p_GTC, ik_SJ, su
   arrays = [*lists, *span[:-1], iq_MLJ, gated_MLJ, gate_ML, *rows, p_GTC, ik_SJ, sum_MPLJ]
   return gpu_call.call(
       functools.partial(_gradients, heads=heads, step=step), (len(iq_MLJ), PARTS), arrays,
-      [float32(*sum_MPLJ.shape), float32(p_GTC.shape[2] + 1, ik_SJ.shape[1])], warps=8, stages=stages,
+      [float32(*sum_MPLJ.shape), float32(p_GTC.shape[2] + TOGETHER, ik_SJ.shape[1])], warps=8, stages=stages,
       aliases={len(arrays) - 1: 0})
 
 
@@ -150,8 +159,8 @@ def _gradients(index_ref, word_ref, count_ref, first_ref, start_ref, before_ref,
   m, part = pl.program_id(0), pl.program_id(1)
   G, T, room = p_ref.shape
   _, L, J = iq_ref.shape
-  size = min(L, ROWS)
-  blocks = [pl.ds(l, size) for l in range(0, L, size)]
+  blocks = blocks_of(L, ROWS, T)
+  size = blocks[0].size
   line, count = start_ref[m] - first_ref[0], count_ref[m]
   begin, end = own_part(*own_steps(first_ref[0], room, start_ref[m], count, step))
 

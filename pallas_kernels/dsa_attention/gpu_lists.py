@@ -19,6 +19,7 @@ from pallas_kernels import gpu_call
 
 STEP = 64              # keys of a step over a list
 WRITERS = 16           # programs that go over the list of a group to invert it
+TOGETHER = 4           # rows of a key that are read at the same time: the buffer has as many more, for what is no entry
 KEYS = 1024            # of a program that counts, at most
 
 

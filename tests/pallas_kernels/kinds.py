@@ -30,7 +30,7 @@ SMALL = ((tiles, 'KEYS', 8), (dense_xla, 'SMALL', 4), (dense_xla, 'FEW', 0), (de
          (index_gpu, 'GROUP', 4), (index_gpu, 'MOST', 16), (index_gpu, 'TILE', 8), (index_gpu, 'ROWS', 8),
          (index_gpu, 'STRIDE', 2), (index_gpu, 'CANDIDATES', 16), (index_gpu, 'BLOCK', 16), (dsa_gpu, 'GATHER', 8),
          (gpu_lists, 'STEP', 8), (gpu_lists, 'KEYS', 8), (gpu_lists, 'WRITERS', 2), (gpu_indexer, 'PARTS', 2),
-         (gpu_indexer, 'ROWS', 32), (gpu_backward, 'ROWS', 64), (gpu_call, 'INTERPRET', True))
+         (gpu_indexer, 'ROWS', 32), (gpu_backward, 'BUFFER', 2**14), (gpu_call, 'INTERPRET', True))
 GATHER = ((chunks, 'GATHERED', 1e9), (union, 'GATHER', 8))
 
 
