@@ -54,12 +54,13 @@ def of_program(closed: ClosedJaxpr, sizes: Mapping[str, int], rules: Mapping[str
               *(walk.reduced(v, axes) for v, axes in zip(closed.jaxpr.outvars, waiting) if axes))
 
 
-def implementations(jaxpr: Jaxpr, rules: Mapping[str, Rule]) -> dict[str, set[str]]:
-  """{pass of an op: {'pallas', 'xla'}}: how the program does it."""
-  found: dict[str, set[str]] = {}
+def implementations(jaxpr: Jaxpr, rules: Mapping[str, Rule]) -> dict[str, set[tuple]]:
+  """{pass of an op: {('pallas' or 'xla', ((dimension, size), ...))}}: how the program does it."""
+  found: dict[str, set[tuple]] = {}
   for eqn in jaxpr.eqns:
     if op := ruled(eqn, rules):
-      found.setdefault(op[0], set()).add('pallas' if holds(eqn, ('pallas_call',)) else 'xla')
+      how = 'pallas' if holds(eqn, ('pallas_call',)) else 'xla'
+      found.setdefault(op[0], set()).add((how, tuple(op[1].items())))
     for inner in inside(eqn):
       for name, how in implementations(inner, rules).items():
         found.setdefault(name, set()).update(how)

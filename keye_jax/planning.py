@@ -21,6 +21,7 @@ from keye_jax.jaxpr_costs import Cost
 from keye_jax.nn import costs, counts, keye
 from keye_jax.rollout import sampler
 from pallas_kernels import dispatch
+from pallas_kernels.dsa_attention import implementation_of
 
 WHATS = ('train', 'prefill', 'decode')
 
@@ -107,14 +108,21 @@ def implementations(jaxpr, rules) -> dict[str, str]:
   """{pass of an op: implementation} of a program. Raises InputError when one is not what `dispatch` chooses for the
   devices of the mesh."""
   found = {}
-  for name, how in sorted(jaxpr_costs.implementations(jaxpr, rules).items()):
+  for name, ways in sorted(jaxpr_costs.implementations(jaxpr, rules).items()):
     op = name.partition('_forward')[0].partition('_backward')[0]
-    expected = dispatch.choose(op, None)
-    if how != {'xla' if expected == 'xla' else 'pallas'}:
-      raise InputError(f'{name} is compiled as {", ".join(sorted(how))}, but {expected!r} is what runs on these '
-                       'devices')
-    found[name] = expected
-  return found
+    for how, dims in sorted(ways):
+      expected = chosen(op, **dict(dims))
+      if how != ('xla' if expected == 'xla' else 'pallas'):
+        raise InputError(f'{name} is compiled as {how}, but {expected!r} is what runs on these devices')
+      found.setdefault(name, set()).add(expected)
+  return {name: ', '.join(sorted(each)) for name, each in found.items()}
+
+
+def chosen(op: str, **dims: int) -> str:
+  """The implementation of an op that a run takes at these dimensions of its passes."""
+  if op == 'dsa_attention':
+    return implementation_of(dims['G'] * dims['N'] // dims['T'], dims['T'], dims['S'])
+  return dispatch.choose(op, None)
 
 
 def memory(trace, chip: Chip) -> tuple[dict[str, Any], list[dict[str, Any]]]:

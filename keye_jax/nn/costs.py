@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from keye_jax.config import ModelConfig
 from keye_jax.jaxpr_costs import Cost, Rule
-from pallas_kernels import dispatch
 from pallas_kernels.dense_attention import xla as dense
+from pallas_kernels.dsa_attention import implementation_of
 from pallas_kernels.grouped_matmul import xla as grouped
 from pallas_kernels.index_select import gpu, tpu
 
@@ -64,7 +64,7 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
       # each product gathers keys or values; backward gathers them once, and what a group adds to the gradients of a key
       # is written and read again, the probabilities for the indexer too
       backward = products == 5
-      visit = G * K * width * products if not backward else 2 * G * K * (width + 2 * FLOAT)
+      visit = G * K * width * (6 if backward else products)
       if index_products:
         visit += J * (width + 2 * FLOAT * backward) + 2 * FLOAT * G * gpu.GROUP * backward
       gathered = lambda n: B * math.ceil(T / gpu.GROUP) * n * visit
@@ -75,7 +75,11 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
                   gathered(kept) + scores + ends, gathered(union - kept))
     return rule
 
-  sparse = listed if dispatch.choose('dsa_attention', None) == 'gpu' else tiled
+  def sparse(products: int, index_products: int):
+    def rule(G, N, T, S, **dims) -> Cost:
+      form = listed if implementation_of(G * N // T, T, S) == 'gpu' else tiled
+      return form(products, index_products)(G=G, N=N, T=T, S=S, **dims)
+    return rule
 
   def warmup(index_products: int):
     def rule(B, G, N, K, S, I, T, J, width) -> Cost:

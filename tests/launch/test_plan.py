@@ -9,6 +9,7 @@ from keye_jax.chips import CHIPS
 from keye_jax.jaxpr_costs import Cost
 from launch import cli, plan, plan_advice, scale_page
 from launch.run_config import load
+from pallas_kernels import dispatch
 from pallas_kernels.aot import rows
 
 WORDS = ['plan', '--config', 'configs/sft.py:tiny', '--topology', 'v5p:2x2x1',
@@ -37,9 +38,18 @@ def test_a_missing_compiler_is_one_line(monkeypatch, capsys):
 
 
 def test_an_op_that_would_not_run_so_is_refused(monkeypatch):
-  monkeypatch.setattr(jaxpr_costs, 'implementations', lambda jaxpr, rules: {'dsa_attention_forward_kl': {'pallas'}})
+  monkeypatch.setattr(jaxpr_costs, 'implementations', lambda jaxpr, rules: {
+      'dsa_attention_forward_kl': {('pallas', tuple(dict(G=4, N=512, T=64, S=64).items()))}})
   with pytest.raises(InputError, match="dsa_attention_forward_kl is compiled as pallas, but 'xla' is what runs"):
     planning.implementations(None, {})
+
+
+def test_short_rows_on_a_gpu_are_not_for_its_kernels(monkeypatch):
+  monkeypatch.setattr(dispatch, 'platform', lambda: 'gpu')
+  dims = dict(G=4, N=8 * 4096, T=4096, K=128)
+  assert planning.chosen('dsa_attention', S=4096, **dims) == 'xla'
+  assert planning.chosen('dsa_attention', S=65536, **dims) == 'gpu'
+  assert planning.chosen('routed_swiglu', N=64) == 'xla'
 
 
 def test_advice_names_what_would_help():

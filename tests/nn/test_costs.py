@@ -49,19 +49,22 @@ def test_lists_on_a_gpu_have_fewer_masked_places_than_tiles(name):
   that they see."""
   config = keye_vl_2_30b_a3b.model()
   device = type(jax.make_mesh((1,), ('x',)).abstract_mesh.abstract_device)('a device', 1, 'cuda')
-  with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ('x',), (AxisType.Explicit,), abstract_device=device)):
-    listed, full = costs.rules(config)[name], costs.rules(config, costs.every)[name]
-  tiled = costs.rules(config)[name]
-  dims = dict(B=1, G=4, N=8 * 512, K=128, I=16, T=512, J=64, width=2)
-  long = listed(S=262144, **dims), tiled(S=262144, **dims)
-  assert long[0].flops == long[1].flops
-  kept = costs.selected(262144, 2048, 262145 / 2)
-  assert long[0].masked / long[1].masked == pytest.approx(15 * kept / (262145 / 2 - kept))
-  short = listed(S=16384, **dims), tiled(S=16384, **dims)
-  assert short[0].masked == short[1].masked > 0
-  assert full(S=2048, **dims).masked == 0
-  alone = listed(S=262144, **dims | {'T': 1, 'N': 8})
-  assert alone.masked == alone.apart == 0 < long[0].apart
+  there = AbstractMesh((1,), ('x',), (AxisType.Explicit,), abstract_device=device)
+
+  def both(S, T=4096):
+    dims = dict(B=1, G=4, N=8 * T, K=128, S=S, I=16, T=T, J=64, width=2)
+    with jax.sharding.use_abstract_mesh(there):
+      on_gpu = costs.rules(config)[name](**dims)
+    return on_gpu, costs.rules(config)[name](**dims)
+  long, tiled = both(262144)
+  assert long.flops == tiled.flops and long.apart > 0 == tiled.apart
+  seen = 262145 / 2
+  kept = costs.selected(262144, 2048, seen)
+  assert long.masked / tiled.masked == pytest.approx(15 * kept / (seen - kept))
+  short, tiled = both(16384)
+  assert short.masked == tiled.masked > 0 and short.apart > 0
+  newest, tiled = both(32768, T=1)            # one tile, where a GPU has no lists
+  assert newest == tiled
 
 
 def test_flops_of_generation():
