@@ -54,13 +54,16 @@ def test_short_rows_on_a_gpu_are_not_for_its_kernels(monkeypatch):
 
 def test_advice_names_what_would_help():
   config = load('configs/layouts.py:stage3_v6e_16x16')
-  found = {'mesh': {'data': 2, 'context': 32, 'expert': 4},
+  found = {'what': 'train', 'mesh': {'data': 2, 'context': 32, 'expert': 4},
            'bytes': {'fits': False, 'parameters': 2 << 30, 'optimizer': 4 << 30, 'hbm': 32 << 30}}
   lines = ' '.join(plan_advice.advice(config, found))
   assert 'a smaller mesh.expert' in lines and 'a device now holds 8,192 tokens' in lines
   assert "model.remat = 'offload'" in lines and "model.remat = 'block'" not in lines and 'param_dtype' not in lines
   found['bytes'] |= {'optimizer': 40 << 30}
   assert 'take 42.0 of 32 GiB' in ' '.join(plan_advice.advice(config, found))
+  found |= {'what': 'decode', 'bytes': {'fits': False, 'parameters': 2 << 30, 'cache': 35 << 30, 'hbm': 32 << 30}}
+  lines = plan_advice.advice(config, found)
+  assert 'parameters and caches alone take 37.0 of 32 GiB; a device holds 4 of the rows' in lines[0] and len(lines) == 2
 
 
 def test_seconds_are_flops_over_peak_and_bytes_over_bandwidth():
