@@ -190,7 +190,7 @@ def kth(key_TN, number_TP, low_T, met: Tiles, topk: int) -> tuple[jax.Array, jax
       functools.partial(_candidates, rows=rows, S=S), (T // rows, N // BLOCK),
       [key_TN, length_T, low_T, end_TP - number_TP], [int32(T, CANDIDATES), int32(T, CANDIDATES)], warps=4, stages=1)
   return tuple(gpu_call.call(functools.partial(_kth, topk=topk), (T,),
-                             [key_TN, length_T, met.order_PS, met.tile_P, *found, end_TP[:, -1]],
+                             [key_TN, length_T, met.order_PS, met.tile_P, low_T, *found, end_TP[:, -1]],
                              [int32(T), int32(T)], warps=4, stages=1))
 
 
@@ -221,8 +221,8 @@ def count(flag: jax.Array) -> jax.Array:
   return jnp.sum(flag.astype(jnp.int32))
 
 
-def _kth(key_ref, length_ref, order_ref, tile_ref, key_candidates, place_candidates, found_ref, key_out, last_out, *,
-         topk):
+def _kth(key_ref, length_ref, order_ref, tile_ref, low_ref, key_candidates, place_candidates, found_ref, key_out,
+         last_out, *, topk):
   t = pl.program_id(0)
   length = length_ref[t]
   found = found_ref[t]
@@ -233,7 +233,8 @@ def _kth(key_ref, length_ref, order_ref, tile_ref, key_candidates, place_candida
     n = jnp.arange(CANDIDATES, dtype=jnp.int32)
     x = triton.load(key_candidates.at[t, pl.ds(0, CANDIDATES)], mask=n < found, other=MASKED)
     place = lambda flag: triton.load(place_candidates.at[t, n], mask=flag, other=0)
-    return bisect(lambda fn: fn(x, place).sum(), lambda fn: fn(x, place).max(), order, topk)
+    least = jnp.maximum(low_ref[t], LOW)
+    return bisect(lambda fn: fn(x, place).sum(), lambda fn: fn(x, place).max(), order, topk, least)
 
   def in_row():
     def fold(fn, combine, start):
@@ -241,17 +242,19 @@ def _kth(key_ref, length_ref, order_ref, tile_ref, key_candidates, place_candida
         x, place = part(key_ref, t, n, length)
         return combine(state, fn(x, lambda _: place))
       return jax.lax.fori_loop(0, pl.cdiv(length, BLOCK), step, jnp.full(BLOCK, start, jnp.int32))
-    return bisect(lambda fn: fold(fn, jnp.add, 0).sum(), lambda fn: fold(fn, jnp.maximum, -2**31).max(), order, topk)
+    return bisect(lambda fn: fold(fn, jnp.add, 0).sum(), lambda fn: fold(fn, jnp.maximum, -2**31).max(), order, topk,
+                  jnp.int32(LOW))
 
   enough = (found > topk) & (found <= CANDIDATES)
   key_out[t], last_out[t] = jax.lax.cond(enough, among_candidates, in_row)
 
 
-def bisect(total: Callable, most: Callable, order: Callable, k: int):
+def bisect(total: Callable, most: Callable, order: Callable, k: int, least):
   """(key, last) of the k-th entry by (key descending, order ascending), or that keep all when no more are visible.
 
   total(fn) and most(fn) are the sum and the maximum of the int32 fn(keys, places) over all entries; order(places, flag)
-  are the orders where flag is True. Places are a function, since few searches need them.
+  are the orders where flag is True. Places are a function, since few searches need them. No visible entry is below
+  `least`.
   """
   how_many = lambda flag: total(lambda x, place: flag(x, place).astype(jnp.int32))
 
@@ -263,7 +266,7 @@ def bisect(total: Callable, most: Callable, order: Callable, k: int):
     return jnp.where(up, middle, low), jnp.where(up, high, middle), jnp.where(up, c, n)
 
   visible = how_many(lambda x, _: x > MASKED)
-  start = jnp.int32(LOW), jnp.int32(HIGH), visible
+  start = least, most(lambda x, _: x) + 1, visible
   low, _, n = jax.lax.while_loop(lambda s: (s[2] > k) & (s[1] - 1 > s[0]), narrow, start)
   key = -most(lambda x, _: jnp.where(x >= low, -x, -MAX_ORDER))
   last = most(lambda x, place: jnp.where(x == key, order(place, x == key), -1))

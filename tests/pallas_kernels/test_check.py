@@ -13,9 +13,9 @@ def test_a_row_for_each_op_and_quantity_within_its_limit(monkeypatch):
 
 
 def test_a_wrong_implementation_is_over_its_limit(monkeypatch):
-  wrong = check.attention(SMALL, None)
-  make = lambda case, name: (lambda do, *x: wrong(do, x[0] * 1.01, *x[1:])) if name is None else check.attention(
-      case, name)
-  do = check.inputs(SMALL)[0]
-  found = {row.what: row for row in check.compare('op', SMALL, ('o', 'lse'), make, (do, *check.inputs(SMALL)))}
+  wrong = check.attention(SMALL, 'xla')
+  make = lambda case, name: wrong_q if name == 'xla' else check.attention(case, name)
+  wrong_q = lambda do, *x: wrong(do, x[0] * 1.01, *x[1:])
+  x = check.inputs(SMALL)
+  found = {row.what: row for row in check.compare('dsa_attention', SMALL, ('o', 'lse'), make, (x[0], *x))}
   assert found['o'].error > found['o'].limit and found['lse'].error > found['lse'].limit
