@@ -1,4 +1,5 @@
 """What `keye retrofit` measured, as a summary, a table, the evidence file and the page docs/lossless.md."""
+import html
 import json
 import math
 import re
@@ -246,13 +247,14 @@ def plots(found: Summary, k: str = '256') -> dict[str, str]:
 
 
 def picture(lines: Sequence[report_plots.Line], title: str, x_label: str) -> str:
-  """A line chart as a file of its own."""
+  """A line chart with its title as a file of its own."""
   drawn = report_plots.line_chart(lines, title, x_label, width=640, height=280)
   found = re.search('<svg.*</svg>', drawn, re.S)
   body = found.group(0) if found else f'<svg viewBox="0 0 640 40"><text x="8" y="24">{title}: nothing yet</text></svg>'
   style = f'<style>text {{ font: 11px sans-serif; fill: {report_plots.INK} }}</style>'
-  head, rest = body.split('>', 1)
-  return f'{head} xmlns="http://www.w3.org/2000/svg" width="640">{style}{rest}'
+  head, rest = body.replace('viewBox="0 0 640 280"', 'viewBox="0 -20 640 300"').split('>', 1)
+  caption = f'<text x="8" y="-8">{html.escape(title)}</text>' if found else ''
+  return f'{head} xmlns="http://www.w3.org/2000/svg" width="640">{style}{caption}{rest}'
 
 
 def main() -> None:
