@@ -15,7 +15,7 @@ from pallas_kernels.aot.rows import LIMITS, SHARDED_LENGTH, SHARDS
 
 PAGE = results.FOLDER.parent / 'kernels.md'
 START, END = '<!-- results:kernels_aot -->', '<!-- /results -->'
-TIMED, TIMED_START = results.FOLDER / 'kernels_h100.json', '<!-- results:kernels_h100 -->'
+TIMED, TIMED_START = results.FOLDER / 'kernels_gpu.json', '<!-- results:kernels_gpu -->'
 TPUS = ('v5p', 'v6e', 'tpu7x')
 CLAIM = (f'every row compiles, and sparse attention of S/{SHARDS} queries against {SHARDED_LENGTH} keys needs at most '
          '2 GiB of temporaries forward and 4 GiB with its backward pass on v5p, v6e and tpu7x')
@@ -65,7 +65,7 @@ def block(said: Mapping[str, Any]) -> str:
 
 
 def record_timed(said: Mapping[str, Any]) -> None:
-  """Writes docs/results/kernels_h100.json: what the benchmark wrote, of this commit where it ran outside a checkout."""
+  """Writes docs/results/kernels_gpu.json: what the benchmark wrote, of this commit where it ran outside a checkout."""
   whole = {**said, 'commit': said['commit'] or results.commit()}
   TIMED.write_text(json.dumps(whole, indent=1) + '\n', encoding='utf-8')
 

@@ -45,7 +45,8 @@ def line_chart(lines: Sequence[Line], title: str, x_label: str, marks: Sequence[
   xs = [x for _, _, points in kept for x, _ in points] + [x for x, _ in marks]
   ys = [y for _, _, points in kept for _, y in points]
   x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1), min(0.0, *ys), max(*ys, 1e-9) if len(ys) > 1 else ys[0] or 1.0
-  left, right, top, bottom = 44, 12 if len(kept) == 1 else 92, 12, 34
+  labels = 12 + 6.4 * max(len(line.label) for _, line, _ in kept)           # 11 px a letter high, in a wide font
+  left, right, top, bottom = 44, 12 if len(kept) == 1 else max(92, round(labels)), 12, 34
   px = lambda x: left + (x - x0) / (x1 - x0) * (width - left - right)
   py = lambda y: height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom)
   out = [f'<figure><figcaption>{html.escape(title)}</figcaption>'

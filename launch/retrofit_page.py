@@ -1,4 +1,5 @@
 """What `keye retrofit` measured, as a summary, a table, the evidence file and the page docs/lossless.md."""
+import html
 import json
 import math
 import re
@@ -51,8 +52,8 @@ def summary(scores: Mapping[str, Any]) -> Summary:
       low, high = interval(windows[:n], dense[:n])
       out.setdefault(arm, {})[k] = {
           'perplexity': perplexity(windows[:n]), 'cost': cost(windows[:n], dense[:n]), 'low': low, 'high': high,
-          'over': {against: cost(*zip(*both)) for named, at, against, _ in AIMS
-                   if (named, at) == (arm, k) and (both := list(zip(windows, whole(against))))},
+          'over': {against: cost(*zip(*both)) for named, _, against, _ in AIMS
+                   if named == arm and (both := list(zip(windows, whole(against))))},
           'n': n, 'tokens': sum(w['tokens'] for w in windows[:n]), 'step': found['step'],
           **{name: np.mean([w[name] for w in windows[:n]], 0).round(4).tolist() for name in ('mass', 'overlap')}}
   return out
@@ -154,7 +155,11 @@ def table(found: Summary) -> list[str]:
     n, step = sorted({x['n'] for x in ks.values()}), next(iter(ks.values()))['step']
     # Dense attention has no k: its one number stands in every column.
     shown = (cell(ks.get(k) or ks.get('0'), absolute=arm == 'dense') for k in TOPKS)
-    lines.append(f'| {arm} | {step} | {"–".join(map(str, sorted({n[0], n[-1]})))} | {" | ".join(shown)} |')
+    windows = '–'.join(map(str, sorted({n[0], n[-1]})))
+    lines.append(f'| {arm} | {step} | {windows} | {" | ".join(shown)} |')
+    if arm == SPARSE and any(CONTROL in x['over'] for x in ks.values()):
+      shown = (f'{ks[k]["over"][CONTROL]:+.2%}' if k in ks and CONTROL in ks[k]['over'] else 'not run' for k in TOPKS)
+      lines.append(f'| the same over {CONTROL} | {step} | {windows} | {" | ".join(shown)} |')
   return lines
 
 
@@ -231,22 +236,25 @@ def block(said: Mapping[str, Any]) -> str:
 def plots(found: Summary, k: str = '256') -> dict[str, str]:
   """SVG files by name."""
   swept = [arm for arm in (*BASELINES, *TRAINED) if set(found.get(arm, {})) & set(TOPKS)]
+  over_control = lambda x: x['over'].get(CONTROL, x['cost'])          # fine-tuning alone lowers perplexity
   cost_lines = [report_plots.Line(arm, list(map(int, ks := [k for k in TOPKS if k in found[arm]])),
-                                  [min(100 * found[arm][k]['cost'], CUT) for k in ks]) for arm in swept]
+                                  [min(100 * over_control(found[arm][k]), CUT) for k in ks]) for arm in swept]
   layer_lines = [report_plots.Line(arm, list(range(len(found[arm][k]['mass']))), found[arm][k]['mass'])
                  for arm in swept if k in found[arm]]
-  return {'lossless_cost.svg': picture(cost_lines, f'cost over dense in percent, cut at {CUT}', 'k'),
+  title = f'cost over dense, after the sparse stage over {CONTROL}; in percent, cut at {CUT}'
+  return {'lossless_cost.svg': picture(cost_lines, title, 'k'),
           'lossless_layers.svg': picture(layer_lines, f'share of attention mass on the chosen keys, k = {k}', 'layer')}
 
 
 def picture(lines: Sequence[report_plots.Line], title: str, x_label: str) -> str:
-  """A line chart as a file of its own."""
+  """A line chart with its title as a file of its own."""
   drawn = report_plots.line_chart(lines, title, x_label, width=640, height=280)
   found = re.search('<svg.*</svg>', drawn, re.S)
   body = found.group(0) if found else f'<svg viewBox="0 0 640 40"><text x="8" y="24">{title}: nothing yet</text></svg>'
   style = f'<style>text {{ font: 11px sans-serif; fill: {report_plots.INK} }}</style>'
-  head, rest = body.split('>', 1)
-  return f'{head} xmlns="http://www.w3.org/2000/svg" width="640">{style}{rest}'
+  head, rest = body.replace('viewBox="0 0 640 280"', 'viewBox="0 -20 640 300"').split('>', 1)
+  caption = f'<text x="8" y="-8">{html.escape(title)}</text>' if found else ''
+  return f'{head} xmlns="http://www.w3.org/2000/svg" width="640">{style}{caption}{rest}'
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from pallas_kernels.index_select.gpu import dot
 from pallas_kernels.index_select.selection import Selection, keep_all
 from pallas_kernels.mask import NEG_INF
 
-GATHER = 32            # keys of a step
+GATHER = 64            # keys of a step
 WARPS, STAGES = 8, 5    # with fewer stages the gather of a step, which waits for its indices, is not begun ahead of it
 NOBODY = 1e30          # log-sum-exp of a head that was added: all its probabilities are 0
 LEAST = NEG_INF / 2       # running maximum of a query that has seen nothing: above a masked logit, which then weighs 0

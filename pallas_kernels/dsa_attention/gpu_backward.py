@@ -4,7 +4,9 @@ One kernel goes over the list of a group, gathers keys a step at a time and keep
 dk and dv of a key can not be added to them there, since groups run at the same time and the order of atomic additions
 is not fixed. It goes into a buffer, one row for each entry of a list, sorted by key and then by group (gpu_lists.py); a
 second kernel adds the rows of a key, in that order, to the float32 carry, and touches no other key. The buffer has room
-for a few lists, so a chunk goes through it in batches, which may end within a list.
+for a few lists, so a chunk goes through it in batches, which may end within a list. Its rows have the dtype of the
+keys: a sum over 16 queries and their heads is rounded once, while to write and read twice the bytes would take longer
+than the products.
 
 T queries of a group, S keys, G KV heads, N stacked queries R * T of a group (pallas_kernels/tiles.py), R query heads of
 a KV head, K head dim, I indexer heads, J indexer head dim, M groups of a chunk, U room for the keys of a group (in a
@@ -30,7 +32,7 @@ def gradients(scale: float, heads: int, want_kl: bool, lists, q_MGNK, do_MGNK, l
   """(carry (dk_SGK, dv_SGK, dik_SJ) with this chunk's part added, (dq_MGNK, diq_MITJ, dgate_MTI)), float32.
 
   lists: (index_MU, word_MU, count_M), the keys that a group selected, the queries that did as bits, how many keys; U is
-  a multiple of STEP and entries beyond count_M are 0. Without want_kl the gradients of the indexer are 0.
+  a multiple of STEP, and what is beyond count_M is 0. Without want_kl the gradients of the indexer are 0.
   """
   index_MU, _, count_M = lists
   (M, G, N, K), S, T = q_MGNK.shape, len(k_SGK), gate_MTI.shape[1]
@@ -39,7 +41,6 @@ def gradients(scale: float, heads: int, want_kl: bool, lists, q_MGNK, do_MGNK, l
   step, stages = form(k_SGK.dtype)
   inverse = gpu_lists.invert(index_MU, count_M, S)
   queries = gpu_indexer.Queries(*gpu_indexer.stack(iq_MITJ, gate_MTI), index_lse_MT, dkl_MT)
-
   fold_FN = (jnp.arange(FOLD)[:, None] == jnp.arange(N) % T).astype(q_MGNK.dtype)
 
   def one(state):
@@ -48,8 +49,7 @@ def gradients(scale: float, heads: int, want_kl: bool, lists, q_MGNK, do_MGNK, l
     arrays = [*lists, *span[:-1], q_MGNK, do_MGNK, lse_MGN, delta_MGN, k_SGK, v_SGK, fold_FN, dq_MGNK]
     dq_MGNK, dk_CGK, dv_CGK, p_GTC = gpu_call.call(
         functools.partial(_gradients, scale=scale, T=T, want_kl=want_kl, step=step), (M, G), arrays,
-        [float32(M, G, N, K), row, row, float32(G, T, room)], warps=8,
-        stages=stages, aliases={len(arrays) - 1: 0})
+        [float32(M, G, N, K), row, row, float32(G, T, room)], warps=8, stages=stages, aliases={len(arrays) - 1: 0})
     dkeys[:2] = add(span, [dk_CGK, dv_CGK], dkeys[:2])
     if want_kl:
       sums, dik_CJ = gpu_indexer.gradients(heads, lists, span, queries, p_GTC, ik_SJ, sums)

@@ -46,13 +46,13 @@ def indexer_loss(scale: float, heads: int, lists, q_MGNK, lse_MGN, iq_MITJ, gate
                  ik_SJ) -> tuple[jax.Array, jax.Array]:
   """(KL(p || softmax of the scores) over the selected keys, log-sum-exp of their scores), both [M, T].
 
-  lists: (index_MU, word_MU, count_M), the keys that a group selected, the queries that did as bits, how many keys; U is
-  a multiple of step and entries beyond count_M are 0.
+  lists: (index_MU, word_MU, count_M), the keys that a group selected, the queries that did as bits, how many keys. What
+  is beyond count_M is 0, as far as the next multiple of 2 * STEP.
   """
   M, T, _ = gate_MTI.shape
   state = float32(M, PARTS, T)
   step, stages = form(k_SGK.dtype)
-  step = 2 * step
+  step = 2 * step                    # the queries of all heads are read again for each
   parts = gpu_call.call(
       functools.partial(_loss, scale=scale, heads=heads, T=T, step=step), (M, PARTS),
       [*lists, q_MGNK, lse_MGN, *stack(iq_MITJ, gate_MTI), k_SGK, ik_SJ], [state] * 4, warps=8, stages=min(stages, 3))

@@ -99,7 +99,7 @@ def _count(span_ref, start_ref, rank_ref, before_out, within_out, total_out, sum
 def form(dtype) -> tuple[int, int]:
   """(keys of a step, stages of the pipeline) of kernels that gather keys: a gather through a list is only overlapped
   with products from 5 stages on, for which there is no room when elements are wide."""
-  return (STEP, 5) if jnp.dtype(dtype).itemsize <= 2 else (STEP // 2, 1)
+  return (STEP, 5) if jnp.dtype(dtype).itemsize <= 2 else (STEP // 4, 1)
 
 
 def own_steps(first, room: int, start, count, step: int):

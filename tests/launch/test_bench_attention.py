@@ -327,11 +327,11 @@ def test_a_record_goes_to_the_page(tmp_path, monkeypatch):
   text = f'a\n{kernels_page.TIMED_START}\nold\n{end}\nb\n{kernels_page.START}\nc\n{end}\nd\n'
   page.write_text(text)
   monkeypatch.setattr(kernels_page, 'PAGE', page)
-  monkeypatch.setattr(kernels_page, 'TIMED', tmp_path / 'kernels_h100.json')
+  monkeypatch.setattr(kernels_page, 'TIMED', tmp_path / 'kernels_gpu.json')
   out = record(gpu_rows(), [131072, 262144], GPU, ROOF, 3, ['tokamax: the package is not installed'])
   bench_attention.save(file, out | {'commit': ''})
   kernels_page.main([str(file)])
-  said = json.loads((tmp_path / 'kernels_h100.json').read_text())
+  said = json.loads((tmp_path / 'kernels_gpu.json').read_text())
   assert said == out and said['commit']
   shown = page.read_text()
   assert shown == text.replace('old', kernels_page.block_timed(said))
