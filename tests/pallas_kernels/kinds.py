@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from pallas_kernels import gpu_call, tiles, tpu_call
 from pallas_kernels.dense_attention import dense_attention
@@ -23,6 +24,7 @@ from pallas_kernels.indexer_warmup import indexer_warmup
 
 KINDS = ('reference', 'xla', 'tiles')
 WITH_KERNELS = (*KINDS, 'tpu', 'gpu')
+GPU = pytest.param('gpu', marks=pytest.mark.slow)     # by default test_properties.py and the kernels' own tests run
 SPARSE = (*WITH_KERNELS, 'gathered')
 SMALL = ((tiles, 'KEYS', 8), (dense_xla, 'SMALL', 4), (dense_xla, 'FEW', 0), (dense_xla, 'QUERY_ROWS', 32),
          (index_xla, 'SMALL', 0), (index_xla, 'QUERIES', 4), (index_xla, 'WIDE', 8), (index_xla, 'LENGTHS', 2),

@@ -24,7 +24,7 @@ def torch_case(fixtures):
   return fixtures('dsa_torch.npz')
 
 
-@pytest.mark.parametrize('kind', [*kinds.WITH_KERNELS, pytest.param('gathered', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('kind', [*kinds.KINDS, 'tpu', kinds.GPU, pytest.param('gathered', marks=pytest.mark.slow)])
 class TestEveryImplementation:
 
   @pytest.mark.parametrize('layout, shuffle', [('one', False), ('branches', False), ('packed', True)])

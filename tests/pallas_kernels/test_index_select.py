@@ -27,7 +27,7 @@ def expected_mask(case, topk):
   return mask
 
 
-@pytest.mark.parametrize('kind', kinds.WITH_KERNELS)
+@pytest.mark.parametrize('kind', [*kinds.KINDS, 'tpu', kinds.GPU])
 class TestEveryImplementation:
 
   @pytest.mark.parametrize('topk', [1, 5])
