@@ -40,7 +40,7 @@ MESHES = {
     'v5p_4x4x8': {'stage1': (16, 1, 8), 'stage2': (4, 4, 8), 'stage3': (1, 16, 8)},
     'v6e_16x16': {'stage1': (16, 4, 4), 'stage2': (8, 8, 4), 'stage3': (2, 32, 4)},
     'tpu7x_4x4x4': {'stage1': (16, 1, 8), 'stage2': (4, 4, 8), 'stage3': (1, 16, 8)},      # two devices a chip
-    # 8 GPUs a host. The last axis, and no other that is cut, stays within one: experts travel in every layer.
+    # 8 GPUs a host: the last axis stays within one, since experts travel in every layer.
     'h100_8': {'stage1': (1, 2, 4), 'stage2': (1, 2, 4)},
     'h100_64': {'stage1': (16, 1, 4), 'stage2': (4, 4, 4), 'stage3': (1, 16, 4)},
 }

@@ -2,8 +2,8 @@
 
 Compiles the real training step (or prefill, or decoding step) ahead of time, on a CPU, for every device of a slice,
 and says what a device holds and does: bytes against its memory, the implementation of every op, FLOPs, traffic and the
-time that each would take at least. Exit code 1 when it does not fit. Needs the compilers of
-'keye_jax[aot]'.
+time that each would take at least. Exit code 1 when it does not fit. Needs the compilers
+of 'keye_jax[aot]'.
 """
 import argparse
 import json
