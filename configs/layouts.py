@@ -1,4 +1,4 @@
-"""Where the published model is trained: mesh and batch for each long stage and slice of TPUs.
+"""Where the published model is trained: mesh and batch for each long stage and slice of TPUs, or number of GPUs.
 
 `configs/layouts.py:stage3_v5p_4x4x8` is stage 3 (262,144 tokens a row) on v5p:4x4x8; `docs/scale.md` says which of them
 fit. Lengths are those of arXiv 2606.10651, what is trained is that of `configs/pretrain.py` and `configs/sft.py`.
@@ -40,6 +40,9 @@ MESHES = {
     'v5p_4x4x8': {'stage1': (16, 1, 8), 'stage2': (4, 4, 8), 'stage3': (1, 16, 8)},
     'v6e_16x16': {'stage1': (16, 4, 4), 'stage2': (8, 8, 4), 'stage3': (2, 32, 4)},
     'tpu7x_4x4x4': {'stage1': (16, 1, 8), 'stage2': (4, 4, 8), 'stage3': (1, 16, 8)},      # two devices a chip
+    # 8 GPUs a host. The last axis, and no other that is cut, stays within one: experts travel in every layer.
+    'h100_8': {'stage1': (1, 2, 4), 'stage2': (1, 2, 4)},
+    'h100_64': {'stage1': (16, 1, 4), 'stage2': (4, 4, 4), 'stage3': (1, 16, 4)},
 }
 
 
@@ -56,7 +59,7 @@ def layout(stage: Stage, where: str) -> RunConfig:
 def get_config(variant: str = ''):
   """RunConfig as a ConfigDict; raises ValueError for an unknown variant."""
   stage, _, where = variant.partition('_')
-  if stage not in STAGES or where not in MESHES:
+  if stage not in STAGES or STAGES[stage].like not in MESHES.get(where, ()):
     raise ValueError(f'configs/layouts.py: no variant {variant!r}; write one of {", ".join(STAGES)}, an underscore '
                      f'and one of {", ".join(MESHES)}, e.g. stage3_v5p_4x4x8')
   return to_dict(layout(STAGES[stage], where))

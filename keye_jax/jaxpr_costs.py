@@ -20,6 +20,7 @@ class Cost(NamedTuple):
   flops: float = 0.0            # of matrix products that the result needs; a multiply-add is 2
   masked: float = 0.0           # further FLOPs on masked places of a tile, at most
   bytes: float = 0.0            # read from and written to HBM, when everything elementwise is fused into its neighbours
+  apart: float = 0.0            # further bytes, at most: when neighbouring queries that read together share no key
   sent: Mapping[str, float] = {}     # mesh axis -> bytes that a device sends along it
 
 
@@ -34,11 +35,11 @@ PASSES_OVER = ('sort', 'cumsum', 'top_k')
 
 def plus(*costs: Cost) -> Cost:
   axes = {axis for c in costs for axis in c.sent}
-  return Cost(*(sum(c[i] for c in costs) for i in range(3)), {a: sum(c.sent.get(a, 0) for c in costs) for a in axes})
+  return Cost(*(sum(c[i] for c in costs) for i in range(4)), {a: sum(c.sent.get(a, 0) for c in costs) for a in axes})
 
 
 def times(cost: Cost, n: float) -> Cost:
-  return Cost(*(n * x for x in cost[:3]), {axis: n * x for axis, x in cost.sent.items()})
+  return Cost(*(n * x for x in cost[:4]), {axis: n * x for axis, x in cost.sent.items()})
 
 
 def of_program(closed: ClosedJaxpr, sizes: Mapping[str, int], rules: Mapping[str, Rule]) -> Cost:
@@ -53,12 +54,13 @@ def of_program(closed: ClosedJaxpr, sizes: Mapping[str, int], rules: Mapping[str
               *(walk.reduced(v, axes) for v, axes in zip(closed.jaxpr.outvars, waiting) if axes))
 
 
-def implementations(jaxpr: Jaxpr, rules: Mapping[str, Rule]) -> dict[str, set[str]]:
-  """{pass of an op: {'pallas', 'xla'}}: how the program does it."""
-  found: dict[str, set[str]] = {}
+def implementations(jaxpr: Jaxpr, rules: Mapping[str, Rule]) -> dict[str, set[tuple]]:
+  """{pass of an op: {('pallas' or 'xla', ((dimension, size), ...))}}: how the program does it."""
+  found: dict[str, set[tuple]] = {}
   for eqn in jaxpr.eqns:
     if op := ruled(eqn, rules):
-      found.setdefault(op[0], set()).add('pallas' if holds(eqn, ('pallas_call',)) else 'xla')
+      how = 'pallas' if holds(eqn, ('pallas_call',)) else 'xla'
+      found.setdefault(op[0], set()).add((how, tuple(op[1].items())))
     for inner in inside(eqn):
       for name, how in implementations(inner, rules).items():
         found.setdefault(name, set()).update(how)

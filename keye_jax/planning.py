@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from keye_jax.jaxpr_costs import Cost
 from keye_jax.nn import costs, counts, keye
 from keye_jax.rollout import sampler
 from pallas_kernels import dispatch
+from pallas_kernels.dsa_attention import implementation_of
 
 WHATS = ('train', 'prefill', 'decode')
 
@@ -99,21 +101,28 @@ def plan(config: RunConfig, chip: Chip, efficiency: float, what: str = 'train') 
   found, largest = memory(program.trace, chip)
   return {'what': what, 'mesh': mesh, 'layout': config.model.layout if what == 'train' else 'decode',
           'batch': described(config, what), 'bytes': sizes | found, 'largest': largest, 'ops': ops,
-          **roofline(cost, program.model_flops / math.prod(mesh.values()), chip, efficiency)}
+          **roofline(cost, program.model_flops / math.prod(mesh.values()), chip, efficiency, mesh)}
 
 
 def implementations(jaxpr, rules) -> dict[str, str]:
   """{pass of an op: implementation} of a program. Raises InputError when one is not what `dispatch` chooses for the
   devices of the mesh."""
   found = {}
-  for name, how in sorted(jaxpr_costs.implementations(jaxpr, rules).items()):
+  for name, ways in sorted(jaxpr_costs.implementations(jaxpr, rules).items()):
     op = name.partition('_forward')[0].partition('_backward')[0]
-    expected = dispatch.choose(op, None)
-    if how != {'xla' if expected == 'xla' else 'pallas'}:
-      raise InputError(f'{name} is compiled as {", ".join(sorted(how))}, but {expected!r} is what runs on these '
-                       'devices')
-    found[name] = expected
-  return found
+    for how, dims in sorted(ways):
+      expected = chosen(op, **dict(dims))
+      if how != ('xla' if expected == 'xla' else 'pallas'):
+        raise InputError(f'{name} is compiled as {how}, but {expected!r} is what runs on these devices')
+      found.setdefault(name, set()).add(expected)
+  return {name: ', '.join(sorted(each)) for name, each in found.items()}
+
+
+def chosen(op: str, **dims: int) -> str:
+  """The implementation of an op that a run takes at these dimensions of its passes."""
+  if op == 'dsa_attention':
+    return implementation_of(dims['G'] * dims['N'] // dims['T'], dims['T'], dims['S'])
+  return dispatch.choose(op, None)
 
 
 def memory(trace, chip: Chip) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -138,20 +147,33 @@ def first_lines(error: Exception) -> str:
   return ' '.join(lines[:3])[:600]
 
 
-def roofline(cost: Cost, model_flops: float, chip: Chip, efficiency: float) -> dict[str, Any]:
-  """Seconds of one device from the walk of its program. Each mesh axis is taken to have one dimension of the torus.
+def roofline(cost: Cost, model_flops: float, chip: Chip, efficiency: float, mesh: Mapping[str, int]) -> dict[str, Any]:
+  """Seconds of one device from the walk of its program.
 
   model_flops: of one device. At full peak they are a bound: nothing can be faster, since recomputation, masked tiles
   and traffic are not in it.
   """
-  # an axis is a ring over its dimension, whose two links at a device carry half of the ring's traffic each
-  link = chip.ici_bandwidth / chip.dimensions
-  rate = chip.flops * efficiency
-  seconds = {'compute_s': (cost.flops + cost.masked) / rate, 'hbm_s': cost.bytes / chip.hbm_bandwidth,
-             'ici_s': sum(cost.sent.values()) / link}
-  return {'flops': cost.flops, 'masked_flops': cost.masked, 'hbm_bytes': cost.bytes, 'sent_bytes': dict(cost.sent),
-          'efficiency': efficiency, **seconds, 'compute_s_without_masked': cost.flops / rate,
+  rate, link = chip.flops * efficiency, links(chip, mesh)
+  seconds = {'compute_s': (cost.flops + cost.masked) / rate, 'hbm_s': (cost.bytes + cost.apart) / chip.hbm_bandwidth,
+             'ici_s': sum(sent / link[axis] for axis, sent in cost.sent.items())}
+  return {'flops': cost.flops, 'masked_flops': cost.masked, 'hbm_bytes': cost.bytes + cost.apart,
+          'sent_bytes': dict(cost.sent), 'efficiency': efficiency, **seconds,
+          'compute_s_without_masked': cost.flops / rate, 'hbm_s_without_masked': cost.bytes / chip.hbm_bandwidth,
           'step_s': max(seconds.values()), 'model_flops': model_flops, 'model_flops_bound_s': model_flops / chip.flops}
+
+
+def links(chip: Chip, mesh: Mapping[str, int]) -> dict[str, float]:
+  """Bytes a second that a device sends along each axis of the mesh, whose last axis counts devices next to each other.
+
+  On a torus an axis is a ring over one dimension, whose two links at a device carry half of the ring's traffic each.
+  Where links join the devices of a host, an axis that leaves it goes at the speed of the network, the slowest link that
+  its collectives cross.
+  """
+  found, span = {}, 1
+  for axis, n in reversed(mesh.items()):
+    span *= n
+    found[axis] = chip.network if chip.host and n > 1 and span > chip.host else chip.ici_bandwidth / chip.dimensions
+  return found
 
 
 def train_flops(config: RunConfig) -> float:

@@ -1,8 +1,9 @@
-"""`keye plan`: what a run would need of TPUs that are not here.
+"""`keye plan`: what a run would need of TPUs or GPUs that are not here.
 
 Compiles the real training step (or prefill, or decoding step) ahead of time, on a CPU, for every device of a slice,
 and says what a device holds and does: bytes against its memory, the implementation of every op, FLOPs, traffic and the
-time that each would take at least. Exit code 1 when it does not fit. Needs libtpu (pip install 'keye_jax[aot]').
+time that each would take at least. Exit code 1 when it does not fit. Needs the compilers of
+'keye_jax[aot]'.
 """
 import argparse
 import json
@@ -26,8 +27,8 @@ PARTS = ('parameters', 'optimizer', 'cache', 'batch', 'arguments', 'results', 't
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--config', required=True, help=HELP)
-  parser.add_argument('--topology', required=True, help='slice, e.g. v5p:4x4x8, v6e:16x16, tpu7x:4x4x4; its devices '
-                      'must fill the mesh of the config')
+  parser.add_argument('--topology', required=True, help='slice, e.g. v5p:4x4x8, v6e:16x16, tpu7x:4x4x4, or GPUs, '
+                      'h100:8; its devices must fill the mesh of the config')
   parser.add_argument('--what', choices=planning.WHATS, default='train',
                       help='the training step, or on its batch the prefill, or one decoding step; default %(default)s')
   parser.add_argument('--efficiency', type=float, default=0.5,
@@ -41,8 +42,8 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
     raise InputError(f'--efficiency {args.efficiency} must be above 0 and at most 1')
   config = load(args.config, config_args)
   planning.chip_of(args.topology)
-  if not installed('v5p'):
-    raise InputError("the compiler for TPUs is missing: pip install 'keye_jax[aot]'")
+  if not installed(target := args.topology.partition(':')[0]):
+    raise InputError(f"the compiler for {target} is missing: pip install 'keye_jax[aot]'")
   found = compiled(plan_child.request(args.config, list(config_args), args.topology, args.efficiency,
                                       args.what))
   found['advice'] = advice(config, found)
@@ -78,7 +79,9 @@ def text(found: dict[str, Any]) -> str:
            f'  compute_s {found["compute_s"]:>9.2f}   {found["flops"] / 1e12:,.0f} TFLOP, and up to '
            f'{found["masked_flops"] / 1e12:,.0f} TFLOP on masked places of visited tiles; '
            f'{found["compute_s_without_masked"]:.2f} s without those',
-           f'  hbm_s     {found["hbm_s"]:>9.2f}   {found["hbm_bytes"] / GIB:,.0f} GiB, everything elementwise fused',
+           f'  hbm_s     {found["hbm_s"]:>9.2f}   {found["hbm_bytes"] / GIB:,.0f} GiB, everything elementwise fused'
+           + (f'; {found["hbm_s_without_masked"]:.2f} s when neighbouring queries select the same keys'
+              if found['hbm_s_without_masked'] < found['hbm_s'] else ''),
            f'  ici_s     {found["ici_s"]:>9.2f}   {sent or "nothing sent"}',
            f'  step_s    {found["step_s"]:>9.2f}   the longest of the three, when they overlap fully',
            f'  bound     {found["model_flops_bound_s"]:>9.2f}   a bound: {found["model_flops"] / 1e12:,.0f} TFLOP of '

@@ -1,7 +1,9 @@
-"""The table of docs/scale.md and its evidence file, from plans, one JSON object a line:
+"""The tables of docs/scale.md and their evidence files, one for TPUs and one for GPUs, from plans, one a line:
 
   keye plan --config configs/layouts.py:stage3_v5p_4x4x8 --topology v5p:4x4x8 --json >> plans.jsonl
   python -m launch.scale_page < plans.jsonl
+
+A table is replaced when there is a plan for it.
 """
 import json
 import sys
@@ -10,9 +12,10 @@ from typing import Any
 
 from launch import results
 from pallas_kernels.aot.__main__ import versions
+from pallas_kernels.aot.topology import GPUS
 
 PAGE = results.FOLDER.parent / 'scale.md'
-START, END = '<!-- results:scale -->', '<!-- /results -->'
+END = '<!-- /results -->'
 CLAIM = 'every program planned compiles for its slice and fits into the memory of a device'
 GIB = 2**30
 SHOWN = ('parameters', 'optimizer', 'arguments', 'temporaries', 'peak', 'hbm')
@@ -28,12 +31,22 @@ def lacks(plans: Sequence[Mapping[str, Any]]) -> str:
   return '; '.join(f'{name(p)} does not fit on {p["topology"]}' for p in plans if not p['bytes']['fits'])
 
 
-def record(plans: Sequence[Mapping[str, Any]]) -> None:
-  """Writes docs/results/scale.json."""
+def table(plan: Mapping[str, Any]) -> str:
+  """Where a plan belongs: the name of an evidence file."""
+  return 'scale_gpu' if plan['topology'].partition(':')[0] in GPUS else 'scale'
+
+
+def start(into: str) -> str:
+  """What precedes a table on the page."""
+  return f'<!-- results:{into} -->'
+
+
+def record(into: str, plans: Sequence[Mapping[str, Any]]) -> None:
+  """Writes docs/results/{into}.json."""
   arms = {f'{name(p)} on {p["topology"]}': {'0': p['bytes'] | {k: p[k] for k in (
       'flops', 'masked_flops', 'hbm_bytes', 'compute_s', 'hbm_s', 'ici_s', 'step_s', 'model_flops_bound_s')}}
           for p in plans}
-  results.record('scale', CLAIM, len(plans), {}, arms, {}, lacks(plans),
+  results.record(into, CLAIM, len(plans), {}, arms, {}, lacks(plans),
                  command='keye plan --config ... --topology ... --json, once for each row of plans',
                  versions=versions(), plans=plans)
 
@@ -54,9 +67,11 @@ def block(said: Mapping[str, Any]) -> str:
             '|---' * 10 + '|']
   for p in said['plans']:
     sent = ', '.join(f'{p["sent_bytes"].get(axis, 0) / GIB:.0f}' for axis in p['mesh'])
-    low = max(p['compute_s_without_masked'], p['hbm_s'], p['ici_s'])
-    cells = [name(p), *(f'{p[k]:.1f}' for k in ('compute_s_without_masked', 'compute_s', 'hbm_s', 'ici_s')),
-             f'{low:.1f} to {p["step_s"]:.1f}' if p['masked_flops'] else f'{low:.1f}',
+    hbm = p.get('hbm_s_without_masked', p['hbm_s'])
+    low = max(p['compute_s_without_masked'], hbm, p['ici_s'])
+    span = lambda low, high: f'{low:.1f} to {high:.1f}' if low < high else f'{low:.1f}'
+    cells = [name(p), f'{p["compute_s_without_masked"]:.1f}', f'{p["compute_s"]:.1f}', span(hbm, p['hbm_s']),
+             f'{p["ici_s"]:.1f}', span(low, p['step_s']),
              f'{p["model_flops_bound_s"]:.1f}', f'{p["flops"] / 1e12:,.0f}', f'{p["masked_flops"] / 1e12:,.0f}', sent]
     lines.append(f'| {" | ".join(cells)} |')
   assumed = ', '.join(sorted({f'{p["efficiency"]:.0%}' for p in said['plans']}))
@@ -75,10 +90,12 @@ def block(said: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-  record([json.loads(line) for line in sys.stdin if line.strip()])
-  said = json.loads((results.FOLDER / 'scale.json').read_text(encoding='utf-8'))
-  before, rest = PAGE.read_text(encoding='utf-8').split(START)
-  PAGE.write_text(f'{before}{START}\n{block(said)}\n{END}{rest.split(END)[1]}', encoding='utf-8')
+  plans = [json.loads(line) for line in sys.stdin if line.strip()]
+  for into in sorted({table(p) for p in plans}):
+    record(into, [p for p in plans if table(p) == into])
+    said = json.loads((results.FOLDER / f'{into}.json').read_text(encoding='utf-8'))
+    before, rest = PAGE.read_text(encoding='utf-8').split(start(into))
+    PAGE.write_text(f'{before}{start(into)}\n{block(said)}\n{END}{rest.split(END, 1)[1]}', encoding='utf-8')
 
 
 if __name__ == '__main__':

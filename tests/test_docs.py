@@ -63,9 +63,10 @@ def test_kernels_page_shows_what_was_timed():
   assert shown == kernels_page.block_timed(json.loads(recorded.read_text()) if recorded.exists() else None)
 
 
-def test_scale_page_shows_what_was_recorded():
-  shown = scale_page.PAGE.read_text().split(scale_page.START)[1].split(scale_page.END)[0].strip()
-  assert shown == scale_page.block(json.loads((results.FOLDER / 'scale.json').read_text()))
+@pytest.mark.parametrize('table', ['scale', 'scale_gpu'])
+def test_scale_page_shows_what_was_recorded(table):
+  shown = scale_page.PAGE.read_text().split(scale_page.start(table))[1].split(scale_page.END)[0].strip()
+  assert shown == scale_page.block(json.loads((results.FOLDER / f'{table}.json').read_text()))
 
 
 def test_scale_page_shows_the_balance_that_was_recorded():

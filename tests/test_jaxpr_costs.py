@@ -80,4 +80,4 @@ def test_an_op_has_a_rule_and_a_loop_without_one_is_refused():
     return jax.checkpoint(functools.partial(equation('op_forward', loop, N=8), n))(x)
   assert cost(step, *arrays, rules=rules).flops == 56
   jaxpr = jax.make_jaxpr(step)(jnp.ones(1), jnp.ones((8, 8))).jaxpr
-  assert jaxpr_costs.implementations(jaxpr, rules) == {'op_forward': {'xla'}}
+  assert jaxpr_costs.implementations(jaxpr, rules) == {'op_forward': {('xla', (('N', 8),))}}

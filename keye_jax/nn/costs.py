@@ -13,15 +13,17 @@ from collections.abc import Callable
 from keye_jax.config import ModelConfig
 from keye_jax.jaxpr_costs import Cost, Rule
 from pallas_kernels.dense_attention import xla as dense
+from pallas_kernels.dsa_attention import implementation_of
 from pallas_kernels.grouped_matmul import xla as grouped
-from pallas_kernels.index_select import tpu as index
+from pallas_kernels.index_select import gpu, tpu
 
 FLOAT = 4
 WORD_QUERIES = 32            # queries whose bits of a selection make one int32 a key
 
 
 def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) -> dict[str, Rule]:
-  """Rules by the name of a pass. seen: (T, S) -> mean keys that a query of the language model sees; default causal."""
+  """Rules by the name of a pass, as the devices of the mesh do it. seen: (T, S) -> mean keys that a query of the
+  language model sees; default causal."""
   seen = seen or causal
   topk, experts = config.text.indexer.topk, config.text.experts
   travels = config.experts_transport in ('padded', 'ragged')
@@ -36,19 +38,47 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
       return Cost(2.0 * B * H * T * K * keys * products, bytes=read + ends)
     return rule
 
-  def sparse(products: int, index_products: int):
+  def tiled(products: int, index_products: int):
     """products and index_products: on selected keys. Every visible key is scored once more, to select."""
     def rule(B, G, N, K, S, I, T, J, width) -> Cost:
       keys = seen(T, S)
       kept = selected(S, topk, keys)
       flops = lambda n: B * n * (2.0 * G * N * K * products + 2.0 * I * T * J * index_products)
-      groups, chunks = math.ceil(T / WORD_QUERIES), math.ceil(T / (WORD_QUERIES * index.MANY))
+      groups, chunks = math.ceil(T / WORD_QUERIES), math.ceil(T / (WORD_QUERIES * tpu.MANY))
       # a chunk reads the tiles of k and v that it visits, backward adds to their gradients; a group reads all index
       # keys and writes its words, which are read again
       visit = 2 * G * K * (width + 2 * FLOAT) if products == 5 else (products - 1) * G * K * width
       read = B * keys * (chunks * visit + groups * (J * width + 3 * FLOAT))
       ends = B * width * (products * G * N * K + 2 * S * G * K + (1 + index_products) * I * T * J)
       return Cost(flops(kept) + 2.0 * B * I * T * J * keys, flops(keys - kept), read + ends)
+    return rule
+
+  def listed(products: int, index_products: int):
+    """On a GPU: a group of queries meets the union of what each of them selected, which is masked places at most when
+    they have no key in common; `tiled` meets whole tiles."""
+    def rule(B, G, N, K, S, I, T, J, width) -> Cost:
+      keys = seen(T, S)
+      kept = selected(S, topk, keys)
+      union = min(kept * min(gpu.GROUP, T), keys)
+      flops = lambda n: B * n * (2.0 * G * N * K * products + 2.0 * I * T * J * index_products)
+      # each product gathers keys or values; backward gathers them once, and what a group adds to the gradients of a key
+      # is written and read again, the probabilities for the indexer too
+      backward = products == 5
+      visit = G * K * width * (6 if backward else products)
+      if index_products:
+        visit += J * (width + 2 * FLOAT * backward) + 2 * FLOAT * G * gpu.GROUP * backward
+      gathered = lambda n: B * math.ceil(T / gpu.GROUP) * n * visit
+      # a visible score is written once and read twice
+      scores = B * keys * (math.ceil(T / gpu.ROWS) * J * width + T * 3 * FLOAT)
+      ends = B * width * (products * G * N * K + 2 * S * G * K + (1 + index_products) * I * T * J)
+      return Cost(flops(kept) + 2.0 * B * I * T * J * keys, flops(union - kept),
+                  gathered(kept) + scores + ends, gathered(union - kept))
+    return rule
+
+  def sparse(products: int, index_products: int):
+    def rule(G, N, T, S, **dims) -> Cost:
+      form = listed if implementation_of(G * N // T, T, S) == 'gpu' else tiled
+      return form(products, index_products)(G=G, N=N, T=T, S=S, **dims)
     return rule
 
   def warmup(index_products: int):

@@ -11,50 +11,18 @@ import sys
 import time
 
 import jax
-from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch
 from pallas_kernels.aot.programs import program
 from pallas_kernels.aot.rows import TARGETS, Row
-
-# An H100 SXM as XLA describes it.
-H100 = '''
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84942979072
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-'''
+from pallas_kernels.aot.topology import devices
 
 
 def mesh(target: str):
   """A mesh of one device of the target."""
-  _, platform, topology = TARGETS[target]
-  if platform == 'cuda':
-    found = topologies.get_topology_desc(platform=platform, topology_name='', target_config=H100, topology=topology)
-  else:
-    found = topologies.get_topology_desc(platform=platform, topology_name=topology)
-  return jax.make_mesh((1,), ('device',), (AxisType.Explicit,), devices=found.devices[:1])
+  return jax.make_mesh((1,), ('device',), (AxisType.Explicit,), devices=devices(TARGETS[target][2])[:1])
 
 
 def compile_row(row: Row) -> dict:

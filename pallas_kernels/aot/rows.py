@@ -6,13 +6,13 @@ LENGTHS = (32768, 131072, 262144)
 OPS = ('index_select', 'dsa_attention', 'indexer_warmup', 'dense_attention', 'grouped_matmul', 'routed_swiglu')
 DIRECTIONS = ('forward', 'backward')
 
-# Name of a target -> (package that holds its compiler, platform, topology that jax knows it by). One device of it is
+# Name of a target -> (package that holds its compiler, platform, name of a topology: topology.py). One device of it is
 # compiled for.
 TARGETS = {
     'v5p': ('libtpu', 'tpu', 'v5p:2x2x1'),
     'v6e': ('libtpu', 'tpu', 'v6e:2x2'),
     'tpu7x': ('libtpu', 'tpu', 'tpu7x:2x2x1'),
-    'h100': ('jax_cuda12_plugin', 'cuda', '1x1x1'),
+    'h100': ('jax_cuda12_plugin', 'cuda', 'h100:1'),
 }
 
 # A device of a context-parallel group holds a share of the queries and all keys; what it may then need, in bytes.

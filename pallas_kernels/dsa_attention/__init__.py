@@ -42,10 +42,15 @@ def dsa_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, iq_BT
     raise ValueError(f'dsa_attention: {H} query heads are not a multiple of {G} KV heads')
   if topk < 1:
     raise ValueError(f'dsa_attention: topk is {topk}, it must be at least 1')
-  name = dispatch.choose('dsa_attention', implementation)
-  if implementation is None and name == 'gpu' and tiles.one_tile(H, q_BTHK.shape[1], k_BSGK.shape[1]):
-    name = 'xla'
+  name = implementation_of(H, q_BTHK.shape[1], k_BSGK.shape[1], implementation)
   way = choose(name, H, q_BTHK.shape[1], k_BSGK.shape[1], topk, want_kl, way)
   return IMPLEMENTATIONS[name](
       q_BTHK, k_BSGK, v_BSGK, iq_BTIJ, ik_BSJ, gate_BTI, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, topk=topk,
       scale=q_BTHK.shape[-1] ** -0.5 if scale is None else scale, selection=selection, want_kl=want_kl, way=way)
+
+
+def implementation_of(H: int, T: int, S: int, implementation: dispatch.Implementation | None = None) -> str:
+  """Name of the implementation for rows of H query heads; None asks for the best one. The kernels of a GPU are for rows
+  of more than one tile."""
+  name = dispatch.choose('dsa_attention', implementation)
+  return 'xla' if implementation is None and name == 'gpu' and tiles.one_tile(H, T, S) else name

@@ -2,7 +2,9 @@
 import dataclasses
 import re
 
+import jax
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from configs import keye_vl_2_30b_a3b
 from keye_jax import jaxpr_costs, planning
@@ -39,6 +41,30 @@ def test_flops_of_a_training_step(attention):
   # tiles are visited whole at most: all visible keys, where products on the selected ones are counted
   assert got.masked == pytest.approx(0 if attention == 'dense' else tokens * (
       part['attention'] * 4 + part['indexer_scores'] * 4 * kept) * (1 / kept - 1), rel=1e-6)
+
+
+@pytest.mark.parametrize('name', ['dsa_attention_forward_kl', 'dsa_attention_backward_kl'])
+def test_lists_on_a_gpu_have_fewer_masked_places_than_tiles(name):
+  """What the result needs is the same; 16 queries with no key in common meet 16 times what each selected, or all keys
+  that they see."""
+  config = keye_vl_2_30b_a3b.model()
+  device = type(jax.make_mesh((1,), ('x',)).abstract_mesh.abstract_device)('a device', 1, 'cuda')
+  there = AbstractMesh((1,), ('x',), (AxisType.Explicit,), abstract_device=device)
+
+  def both(S, T=4096):
+    dims = dict(B=1, G=4, N=8 * T, K=128, S=S, I=16, T=T, J=64, width=2)
+    with jax.sharding.use_abstract_mesh(there):
+      on_gpu = costs.rules(config)[name](**dims)
+    return on_gpu, costs.rules(config)[name](**dims)
+  long, tiled = both(262144)
+  assert long.flops == tiled.flops and long.apart > 0 == tiled.apart
+  seen = 262145 / 2
+  kept = costs.selected(262144, 2048, seen)
+  assert long.masked / tiled.masked == pytest.approx(15 * kept / (seen - kept))
+  short, tiled = both(16384)
+  assert short.masked == tiled.masked > 0 and short.apart > 0
+  newest, tiled = both(32768, T=1)            # one tile, where a GPU has no lists
+  assert newest == tiled
 
 
 def test_flops_of_generation():

@@ -7,7 +7,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from pallas_kernels import dispatch
 from pallas_kernels.aot import __main__ as aot
-from pallas_kernels.aot import rows
+from pallas_kernels.aot import rows, topology
 from pallas_kernels.aot.programs import program
 
 
@@ -60,6 +60,17 @@ def test_a_child_that_dies_is_an_error_of_its_row(monkeypatch):
   monkeypatch.setattr(aot.sys, 'executable', '/bin/false')
   found = list(aot.compiled(rows.rows(['index_select'], targets=['v5p'], lengths=[8, 16])))
   assert [r['error'].startswith('the compiler ended its process with code 1') for r in found] == [True, True]
+
+
+@pytest.mark.parametrize('size, shape', [('1', '1x1x1'), ('8', '1x1x8'), ('64', '8x1x8')])
+def test_gpus_are_counted_by_hosts(size, shape):
+  assert topology.shape(size) == shape
+
+
+@pytest.mark.parametrize('name', ['h100', 'h100:0', 'h100:12', 'h100:2x4'])
+def test_gpus_that_fill_no_whole_hosts(name):
+  with pytest.raises(ValueError, match='write the number of GPUs, at most 8 or a multiple of 8, as in h100:8'):
+    topology.devices(name)
 
 
 class TestDispatch:
