@@ -32,3 +32,8 @@ def store(ref, place: tuple, value: jax.Array, mask: jax.Array) -> None:
   *front, last = place
   last = jnp.where(mask, last, ref.shape[-1])       # interpreted, what is masked is written too, but out of range
   triton.store(ref.at[*front, last], value, mask=mask)
+
+
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+  """Matrix product with float32 accumulation; of float32 arrays in full precision."""
+  return jnp.dot(a, b, precision='highest' if a.dtype == jnp.float32 else None, preferred_element_type=jnp.float32)

@@ -24,9 +24,9 @@ from pallas_kernels.dsa_attention.gpu_indexer import indexer_loss
 from pallas_kernels.dsa_attention.gradient import Passes, attend
 from pallas_kernels.dsa_attention.output import DSAOutput
 from pallas_kernels.dsa_attention.row import Options, Row
+from pallas_kernels.gpu_call import dot
 from pallas_kernels.index_select import gpu as index
 from pallas_kernels.index_select import search
-from pallas_kernels.index_select.gpu import dot
 from pallas_kernels.index_select.selection import Selection, keep_all
 from pallas_kernels.mask import NEG_INF
 

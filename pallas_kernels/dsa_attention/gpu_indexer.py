@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import gpu_call
-from pallas_kernels.dsa_attention.gpu_lists import TOGETHER, Batch, dot, form, own_steps, places, selected
+from pallas_kernels.dsa_attention.gpu_lists import TOGETHER, Batch, form, own_steps, places, selected
+from pallas_kernels.gpu_call import dot
 from pallas_kernels.indexer_warmup.xla import kl_end
 from pallas_kernels.mask import NEG_INF
 

@@ -118,8 +118,3 @@ def places(index_U, i, m, count, offset_ref, before_ref, room: int) -> jax.Array
 def selected(bit_N, word_U) -> jax.Array:
   """Which queries selected the keys, bool [N, U]."""
   return (jnp.right_shift(word_U[None], bit_N[:, None]) & 1) > 0
-
-
-def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-  """Matrix product with float32 accumulation; of float32 arrays in full precision."""
-  return jnp.dot(a, b, precision='highest' if a.dtype == jnp.float32 else None, preferred_element_type=jnp.float32)

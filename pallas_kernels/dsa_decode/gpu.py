@@ -87,7 +87,7 @@ def _scores(iq_ref, gate_ref, page_ref, length_ref, low_ref, ik_ref, *refs, T, S
     if scale_ref:
       ik_SJ = (ik_SJ.astype(jnp.float32) * scale_ref[0][page_S, slot_S][:, None]).astype(iq_ref.dtype)
     for t in range(new):
-      z_IS = index.dot(iq_ref[b, t], ik_SJ.T)
+      z_IS = gpu_call.dot(iq_ref[b, t], ik_SJ.T)
       score_S = (jnp.maximum(z_IS, 0) * gate_ref[b, t][:, None]).sum(0)
       order = length - new + t                     # of what is padding, or of a sequence of fewer tokens: negative
       seen_S = (place_S <= order) & written_S & (t >= new - T)

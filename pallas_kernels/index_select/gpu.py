@@ -109,7 +109,7 @@ def _scores(iq_ref, gate_ref, q_segment_ref, q_order_ref, ik_ref, k_segment_ref,
     def add(i, state):
       score_TS, gate_T = state
       after_T = gate_ref[jnp.minimum(i + 1, heads - 1), queries]       # on its way while the product is computed
-      z_TS = dot(iq_ref[i, queries], ik_SJ.T)
+      z_TS = gpu_call.dot(iq_ref[i, queries], ik_SJ.T)
       return score_TS + jnp.maximum(z_TS, 0) * gate_T[:, None], after_T
 
     score_TS, _ = jax.lax.fori_loop(0, heads, add, (jnp.zeros((rows, S), jnp.float32), gate_ref[0, queries]))
@@ -173,11 +173,6 @@ def score_and_bound(chunk: Chunk, keys: Keys, topk: int) -> tuple[jax.Array, jax
     key_TN, _ = scores(few_chunk, few_keys, low_T)
     low_T = bound(key_TN, jnp.broadcast_to(chunk.count_M[0] * S, T), stride, topk)
   return *scores(chunk, keys, low_T), low_T
-
-
-def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-  """Matrix product with float32 accumulation; of float32 arrays in full precision."""
-  return jnp.dot(a, b, precision='highest' if a.dtype == jnp.float32 else None, preferred_element_type=jnp.float32)
 
 
 def kth(key_TN, number_TP, low_T, met: Tiles, topk: int) -> tuple[jax.Array, jax.Array]:
