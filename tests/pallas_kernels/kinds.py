@@ -23,9 +23,7 @@ from pallas_kernels.index_select import xla as index_xla
 from pallas_kernels.indexer_warmup import indexer_warmup
 
 KINDS = ('reference', 'xla', 'tiles')
-WITH_KERNELS = (*KINDS, 'tpu', 'gpu')
-GPU = pytest.param('gpu', marks=pytest.mark.slow)     # by default test_properties.py and the kernels' own tests run
-SPARSE = (*WITH_KERNELS, 'gathered')
+GPU = pytest.param('gpu', marks=pytest.mark.slow)     # by default its kernels have test_*_gpu.py
 SMALL = ((tiles, 'KEYS', 8), (dense_xla, 'SMALL', 4), (dense_xla, 'FEW', 0), (dense_xla, 'QUERY_ROWS', 32),
          (index_xla, 'SMALL', 0), (index_xla, 'QUERIES', 4), (index_xla, 'WIDE', 8), (index_xla, 'LENGTHS', 2),
          (index_tpu, 'GROUPS', (8,)), (index_tpu, 'MANY', 2), (index_tpu, 'WIDE', 16), (tpu_call, 'INTERPRET', True),

@@ -1,9 +1,12 @@
 """The check that runs on a device, at tiny shapes, and with an implementation that is wrong."""
+import pytest
+
 from pallas_kernels import check
 
 SMALL = check.Case('float32', 8, 24, 5, first=6, H=4, G=2, K=8, I=2, J=8)
 
 
+@pytest.mark.slow
 def test_a_row_for_each_op_and_quantity_within_its_limit(monkeypatch):
   monkeypatch.setattr(check, 'PAGE', 4)
   found = list(check.rows((SMALL,)))

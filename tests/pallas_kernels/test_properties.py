@@ -3,6 +3,7 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import numpy as np
+import pytest
 
 from pallas_kernels.index_select import select_mask
 from tests.pallas_kernels import cases, independent, kinds
@@ -38,15 +39,17 @@ def rows(draw):
   return case
 
 
+@pytest.mark.parametrize('others', [('xla', 'tiles', 'tpu', 'gathered'),
+                                    pytest.param(('gpu',), marks=pytest.mark.slow)])
 @FEW
 @hypothesis.given(case=rows(), topk=st.sampled_from([1, 5]))
-def test_every_implementation_chooses_the_same_set(case, topk):
+def test_every_implementation_chooses_the_same_set(others, case, topk):
   device = case.cast('float32')
   alive = case.q_segment[0] > 0                # padding sees unwritten slots, which all have order 0
   expected = np.zeros((T, T), bool)
   for t in np.flatnonzero(alive):
     expected[t, independent.chosen(case, 0, t, topk)] = True
-  outs = {kind: kinds.sparse_values(kind, topk, want_kl=True)(device, None) for kind in kinds.SPARSE}
+  outs = {kind: kinds.sparse_values(kind, topk, want_kl=True)(device, None) for kind in ('reference', *others)}
   for out in outs.values():
     mask = np.asarray(select_mask(out.selection, *device.index))[0]
     assert (mask[alive] == expected[alive]).all()
