@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+LOG2E = 1.4426950408889634
 SMALLEST = 16            # features of a matrix product
 INTERPRET = False        # tests interpret the kernels; read while tracing, as block sizes are
 
@@ -25,6 +26,14 @@ def call(kernel: Callable, grid: tuple[int, ...], arrays: Sequence[jax.Array], o
 def ceil_pow2(n: int) -> int:
   """The smallest power of two that is at least n."""
   return 1 << max(n - 1, 0).bit_length()
+
+
+def int32(*shape: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def float32(*shape: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def store(ref, place: tuple, value: jax.Array, mask: jax.Array) -> None:

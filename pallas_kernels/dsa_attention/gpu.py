@@ -24,7 +24,7 @@ from pallas_kernels.dsa_attention.gpu_indexer import indexer_loss
 from pallas_kernels.dsa_attention.gradient import Passes, attend
 from pallas_kernels.dsa_attention.output import DSAOutput
 from pallas_kernels.dsa_attention.row import Options, Row
-from pallas_kernels.gpu_call import dot
+from pallas_kernels.gpu_call import LOG2E, dot, int32
 from pallas_kernels.index_select import gpu as index
 from pallas_kernels.index_select import search
 from pallas_kernels.index_select.selection import Selection, keep_all
@@ -34,7 +34,6 @@ GATHER = 64            # keys of a step
 WARPS, STAGES = 8, 5    # with fewer stages the gather of a step, which waits for its indices, is not begun ahead of it
 NOBODY = 1e30          # log-sum-exp of a head that was added: all its probabilities are 0
 LEAST = NEG_INF / 2       # running maximum of a query that has seen nothing: above a masked logit, which then weighs 0
-LOG2E = 1.4426950408889634
 
 
 class Lists(NamedTuple):
@@ -51,7 +50,7 @@ def lists(met: index.Tiles, word_MN: jax.Array, number_MB: jax.Array) -> Lists:
   empty = jnp.zeros((M, N), jnp.int32)
   index_MU, word_MU = gpu_call.call(
       _list, (M, number_MB.shape[1]),
-      [word_MN, end_MB - number_MB, number_MB, met.tile_P, met.count_M, empty, empty], [index.int32(M, N)] * 2, warps=4,
+      [word_MN, end_MB - number_MB, number_MB, met.tile_P, met.count_M, empty, empty], [int32(M, N)] * 2, warps=4,
       stages=1, aliases={5: 0, 6: 1})
   return Lists(index_MU, word_MU, end_MB[:, -1])
 

@@ -20,9 +20,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import gpu_call
 from pallas_kernels.dsa_attention import gpu_indexer, gpu_lists
-from pallas_kernels.dsa_attention.gpu_indexer import LOG2E, float32
 from pallas_kernels.dsa_attention.gpu_lists import STEP, TOGETHER, form, own_steps, places, selected
-from pallas_kernels.gpu_call import dot
+from pallas_kernels.gpu_call import LOG2E, dot, float32
 
 FOLD = 64              # rows of the product that sums over heads, the fewest that a warp group multiplies
 BUFFER = 2**30         # bytes: at 4 KV heads of 128 in bfloat16 those of 64 lists of 8192 keys

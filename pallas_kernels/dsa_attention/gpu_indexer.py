@@ -17,13 +17,12 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import gpu_call
 from pallas_kernels.dsa_attention.gpu_lists import TOGETHER, Batch, form, own_steps, places, selected
-from pallas_kernels.gpu_call import dot
+from pallas_kernels.gpu_call import LOG2E, dot, float32
 from pallas_kernels.indexer_warmup.xla import kl_end
 from pallas_kernels.mask import NEG_INF
 
 PARTS = 4
 ROWS = 128             # index queries that are at work together
-LOG2E = 1.4426950408889634
 
 
 class Queries(NamedTuple):
@@ -37,10 +36,6 @@ class Queries(NamedTuple):
 def stack(iq_MITJ, gate_MTI) -> tuple[jax.Array, jax.Array]:
   M, I, T, J = iq_MITJ.shape
   return iq_MITJ.reshape(M, I * T, J), gate_MTI.astype(jnp.float32).swapaxes(1, 2).reshape(M, I * T)
-
-
-def float32(*shape: int) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def indexer_loss(scale: float, heads: int, lists, q_MGNK, lse_MGN, iq_MITJ, gate_MTI, k_SGK,

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pallas_kernels import gpu_call
+from pallas_kernels.gpu_call import int32
 
 STEP = 64              # keys of a step over a list
 WRITERS = 16           # programs that go over the list of a group to invert it
@@ -38,10 +39,6 @@ class Batch(NamedTuple):
   before_MS: jax.Array     # how many groups before this one have the key in the span; of groups outside not written
   offset_S: jax.Array
   total_S: jax.Array       # how many entries of the key the span has
-
-
-def int32(*shape: int) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def invert(index_MU: jax.Array, count_M: jax.Array, S: int) -> Inverse:

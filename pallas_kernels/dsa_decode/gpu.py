@@ -66,7 +66,7 @@ def scores(iq_BTIJ, gate_BTI, pages: Pages, page_BN, length_B, T: int, stride: i
   return tuple(gpu_call.call(
       functools.partial(_scores, T=T, S=S, stride=stride), (B, P),
       [iq_BTIJ, gate_BTI, page_BN, length_B, low_T, tiles.pad(pages.ik_PAJ, 2, wide), *scale],
-      [index.int32(B * new, index.buffer_width(P * S)), index.int32(B * new, P)], warps=4, stages=2))
+      [gpu_call.int32(B * new, index.buffer_width(P * S)), gpu_call.int32(B * new, P)], warps=4, stages=2))
 
 
 def _scores(iq_ref, gate_ref, page_ref, length_ref, low_ref, ik_ref, *refs, T, S, stride):

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pallas_kernels import gpu_call, tiles
+from pallas_kernels.gpu_call import int32
 from pallas_kernels.index_select import search
 from pallas_kernels.index_select.selection import MAX_ORDER, Selection, keep_all
 from pallas_kernels.mask import visible
@@ -83,10 +84,6 @@ def scores(chunk: Chunk, keys: Keys, low_T: jax.Array) -> tuple[jax.Array, jax.A
   return tuple(gpu_call.call(
       functools.partial(_scores, rows=rows), (T // rows, P), [*chunk[:4], *keys, *chunk[4:], low_T],
       [int32(T, buffer_width(P * S)), int32(T, P)], warps=4, stages=3))
-
-
-def int32(*shape: int) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def buffer_width(N: int) -> int:
