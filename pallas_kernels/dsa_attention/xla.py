@@ -58,7 +58,7 @@ def forward_one(options, row: Row, selection: Selection | None):
   elif selection is None:
     selection = Selection(*search.kth(score_TS[None], row.k_order_S[None], options.topk))
   mask_TS = search.kept(score_TS, row.k_order_S, *selection)
-  o_GNK, lse_GN, p_GNS = attend_one(row.q_GNK, row.k_GSK, row.v_GSK, mask_TS, options.scale)
+  o_GNK, lse_GN, p_GNS = attend_one(row.q_GNK, row.k_GSK, row.v_GSK, tiles.bias(mask_TS), options.scale)
   kl = kl_one(score_TS, head_mean(p_GNS, len(row.q_order_T)), mask_TS) if options.want_kl else (None, None)
   return o_GNK, lse_GN, *kl, selection
 
@@ -66,7 +66,7 @@ def forward_one(options, row: Row, selection: Selection | None):
 def backward_one(options, row: Row, selection, index_lse_T, lse_GN, delta_GN, do_GNK, dkl_T):
   z_ITS, score_TS = scores_one(row)
   mask_TS = search.kept(score_TS, row.k_order_S, *selection)
-  p_GNS, dq, dk, dv = tiles.gradients(row.q_GNK, row.k_GSK, row.v_GSK, lse_GN, delta_GN, do_GNK, mask_TS,
+  p_GNS, dq, dk, dv = tiles.gradients(row.q_GNK, row.k_GSK, row.v_GSK, lse_GN, delta_GN, do_GNK, tiles.bias(mask_TS),
                                       options.scale)
   if options.want_kl:
     p_TS = head_mean(p_GNS, len(row.q_order_T))

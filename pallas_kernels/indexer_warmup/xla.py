@@ -95,7 +95,7 @@ def backward_one(scale, *arrays):
 
 def target_one(scale, row: Row):
   mask_TS = visible(row.q_segment_T[:, None], row.k_segment_S, row.q_order_T[:, None], row.k_order_S, causal=True)
-  p_GNS = tiles.probabilities(row.q_GNK, row.k_GSK, row.lse_GN, mask_TS, scale)
+  p_GNS = tiles.probabilities(row.q_GNK, row.k_GSK, row.lse_GN, tiles.bias(mask_TS), scale)
   return head_mean(p_GNS, len(row.q_order_T)), products(row.iq_ITJ, row.ik_SJ), mask_TS
 
 
@@ -128,7 +128,7 @@ def forward_tiles(scale, *arrays):
     def step(n, state):
       p = tile_P[n]
       mask_TS = mask(i, p)
-      p_TS = head_mean(tiles.probabilities(q_GNK, k_PGSK[p], lse_GN, mask_TS, scale), block)
+      p_TS = head_mean(tiles.probabilities(q_GNK, k_PGSK[p], lse_GN, tiles.bias(mask_TS), scale), block)
       return kl_add(state, score(products(iq_ITJ, ik_PSJ[p]), gate_TI), p_TS, mask_TS)
 
     return kl_end(jax.lax.fori_loop(0, count, step, kl_start(block)))
@@ -151,7 +151,7 @@ def backward_tiles(scale, *arrays):
       diq_ITJ, dgate_TI, dik_PSJ = carry
       p = tile_P[n]
       mask_TS = mask(i, p)
-      p_TS = head_mean(tiles.probabilities(q_GNK, k_PGSK[p], lse_GN, mask_TS, scale), block)
+      p_TS = head_mean(tiles.probabilities(q_GNK, k_PGSK[p], lse_GN, tiles.bias(mask_TS), scale), block)
       diq, dik, dgate = kl_gradient_one(products(iq_ITJ, ik_PSJ[p]), p_TS, mask_TS, iq_ITJ, ik_PSJ[p], gate_TI,
                                         index_lse_T, dkl_T)
       return diq_ITJ + diq, dgate_TI + dgate, dik_PSJ.at[p].add(dik)
