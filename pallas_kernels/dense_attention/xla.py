@@ -79,18 +79,18 @@ def is_small(T: int, S: int) -> bool:
 
 
 def of_rows(T: int, H: int, S: int, places, causal: bool, one: Callable, in_tiles: Callable):
-  """(what computes a row, its last arguments of all rows, is the batch a loop).
-
-  Small rows are given what their mask adds to a logit, which then exists before the loop over them. Computed inside it,
-  it would be fused into the loops over every head's logits, which then take 8 times as long on a CPU.
-  """
+  """(what computes a row, its last arguments of all rows, is the batch a loop)."""
   small = is_small(T, S)
   loop = not small or H * T * S >= tiles.MANY
-  if not small:
-    return functools.partial(in_tiles, causal=causal), places, loop
-  q_segment_BT, k_segment_BS, q_order_BT, k_order_BS = places
-  mask_BTS = visible(q_segment_BT[..., None], k_segment_BS[:, None], q_order_BT[..., None], k_order_BS[:, None], causal)
-  return one, (tiles.bias(mask_BTS),), loop
+  return (one, (mask_bias(*places, causal),), loop) if small else (
+      functools.partial(in_tiles, causal=causal), places, loop)
+
+
+def mask_bias(q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, causal: bool) -> jax.Array:
+  """`tiles.bias` of small rows, before the loop over them. Computed inside it, the mask would be fused into the loops
+  over every head's logits, which then take 8 times as long on a CPU."""
+  return tiles.bias(visible(q_segment_BT[..., None], k_segment_BS[:, None], q_order_BT[..., None],
+                            k_order_BS[:, None], causal))
 
 
 def forward_one(q_GNK, k_GSK, v_GSK, bias_TS, *, scale):
