@@ -8,6 +8,7 @@ is then a masked sum over the row, [B, T, M] -> [B, M], elementwise before the r
 needs to be kept: no scatter and no sort, and where devices share the tokens of a row each sums its own and M numbers a
 row are added up between them. A response lies in one row whole.
 """
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -87,7 +88,8 @@ def grpo(layout: str, balance_weight: float, indexer_weight: float, clip: tuple[
   return policy(layout, surrogate, balance_weight, indexer_weight, token_stats)
 
 
-def policy(layout: str, surrogate, balance_weight: float, indexer_weight: float, token_stats) -> Objective:
+def policy(layout: str, surrogate: Callable[..., Surrogate], balance_weight: float, indexer_weight: float,
+           token_stats) -> Objective:
   """What `gspo` and `grpo` share: `surrogate(log pi / pi_old [B, T], whose token [B, T, M], lengths [B, M],
   advantages [B, M]) -> Surrogate`, averaged over the responses of a batch.
 
