@@ -50,9 +50,10 @@ def rows(old_logp_BT, sequence_BT, advantage_BM) -> PolicyBatch:
                      np.asarray(old_logp_BT, np.float32), sequence_BT, np.asarray(advantage_BM, np.float32))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def step(algorithm, clip, logp_BT, batch, of=None):
-  """(loss, its gradient by log-probabilities, metrics). of: the batch that the denominators are of."""
+  """(loss, its gradient by log-probabilities, metrics). clip: an argument, so that all clips share a program. of: the
+  batch that the denominators are of."""
   objective = algorithm('train', 0.0, 0.0, clip, stats)
   totals = objective.totals(batch if of is None else of)
   (loss, metrics), grad_BT = jax.value_and_grad(
