@@ -1,6 +1,8 @@
 """A base in 8 bits: how far from its weights, and that the model with adapters is that of the weights it stands for."""
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,10 @@ from hypothesis import strategies as st
 from keye_jax import feed
 from keye_jax.config import LoraConfig, RunConfig, TrainConfig
 from keye_jax.hf import writer
-from keye_jax.nn import int8, keye, lora
+from keye_jax.nn import int8, keye, layers, lora
+from keye_jax.sharding import Adapted
 from keye_jax.steps import state as state_lib
+from pallas_kernels.grouped_matmul import adapted_swiglu
 from tests.nn import batches
 from tests.nn.test_keye import with_mode
 from tests.nn.test_lora import hidden, loss
@@ -151,3 +155,31 @@ def test_on_two_devices(params, eight, shape, transport):
     base = jax.tree.map(np.asarray, base)
   jax.tree.map(np.testing.assert_array_equal, base, jax.tree.map(np.asarray, eight))
   jax.tree_util.tree_map_with_path(lambda path, a, b: assert_close(a, b, what=str(path)), got, expected)
+
+
+def test_no_float_copy_of_a_stack_exists():
+  """Ahead of time, gradients of the pairs of layers in a scan, computed again as large models do: product, experts.
+  What it needs beside its arguments and results is less than the matrices of one layer in float."""
+  L, E, D, F, N = 8, 16, 128, 64, 8
+  shape = lambda dtype, *s: jax.ShapeDtypeStruct(s, dtype)
+
+  def weight(*s, stack=1):
+    scale = (L, *s[:stack - 1], s[-1])
+    return Adapted(shape('int8', L, *s), shape('float32', L, *s[:-1], 1), shape('float32', L, *s[:stack - 1], 1, s[-1]),
+                   shape('float32', *scale))
+
+  def loss(pairs, weights, x_ND):
+    def layer(x_ND, each):
+      q, gate_up, down = (w._replace(a=a, b=b) for w, (a, b) in zip(*each))
+      x_ND += jnp.tanh(layers.project(x_ND, q))
+      expert_NK = jnp.argsort(x_ND[:, :E])[:, :2]
+      return x_ND + adapted_swiglu(x_ND, expert_NK, jnp.ones((N, 2)), gate_up, down), None
+    return jnp.sum(jax.lax.scan(layers.remat('block', layer), x_ND, (weights, pairs))[0])
+
+  whole = weight(D, D), weight(E, D, 2 * F, stack=2), weight(E, F, D, stack=2)
+  pairs = tuple((w.a, w.b) for w in whole)
+  compiled = jax.jit(jax.grad(loss)).lower(pairs, whole, shape('float32', N, D)).compile()
+  found, layer = compiled.memory_analysis().temp_size_in_bytes, 4 * sum(w.w.size for w in whole) // L
+  assert found < layer / 2, (found, layer)
+  floats = [tuple(map(int, s.split(','))) for s in re.findall(r'f32\[([\d,]+)\]', compiled.as_text())]
+  assert max(map(math.prod, floats)) < E * F * D
