@@ -59,7 +59,7 @@ def build(args: argparse.Namespace, config_args: Sequence[str]) -> dict[str, Any
             functools.partial(local.run, workers=args.workers))
   tower = None
   if args.embed:
-    from launch import embed  # jax, which the rest of a build does without
+    from launch import embed  # models, which the other commands for data do without
     tower = embed.tower(args.embed)
   with bars() as progress:
     return flow.build(args.file, args.out, data, patch, merge, runner, args.against, args.same, args.ngram,
