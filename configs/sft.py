@@ -2,7 +2,7 @@
 
 `tiny`: every part of the model at a size that a laptop trains in a minute. `30b`: the published model (arXiv
 2606.10651) with DSA on; the paper gives no learning rates, so the values and where they come from stand beside them.
-`tiny,lora` and `30b,lora` train adapters beside the model that `train.init` names.
+`tiny,lora` and `30b,lora` train adapters beside the model that `train.init` names; with `,int8` that base is in 8 bits.
 """
 import dataclasses
 
@@ -72,7 +72,8 @@ def tiny_lora() -> RunConfig:
 
 
 def full_lora() -> RunConfig:
-  """Adapters on the attention of the 30B model, on one device: 13 million parameters beside 62 GB of bfloat16 base.
+  """Adapters on the attention of the 30B model, on one device of 80 GB: 13 million parameters beside 62 GB of bfloat16
+  base; `30b,lora,int8` has 32 GB of base, for a device of 48 GB or longer rows.
 
   With 'layers/mlp/*' as well, a pair for each of 128 experts, it would be 629 million more: 10 GB with gradients and
   optimizer state, so lower the rank then.
@@ -88,9 +89,15 @@ def full_lora() -> RunConfig:
       train=dataclasses.replace(run.train, steps=1000, batch=8, accumulate=8))
 
 
+def eight_bits(run: RunConfig) -> RunConfig:
+  """The same with the frozen matrices of the layers in 8 bits (keye_jax/nn/int8.py)."""
+  return dataclasses.replace(run, lora=dataclasses.replace(run.lora, base='int8'))
+
+
 def get_config(variant: str = ''):
   """RunConfig as a ConfigDict; raises ValueError for an unknown variant."""
   variants = {'tiny': tiny, 'tiny,lora': tiny_lora, '30b': full, '30b,lora': full_lora}
+  variants |= {'tiny,lora,int8': lambda: eight_bits(tiny_lora()), '30b,lora,int8': lambda: eight_bits(full_lora())}
   if variant not in variants:
     raise ValueError(f'configs/sft.py: no variant {variant!r}; there are {"; ".join(variants)}')
   return to_dict(variants[variant]())

@@ -19,6 +19,7 @@ from data_pipelines.errors import InputError
 from keye_jax import checkpoint
 from keye_jax.config import ModelConfig, RunConfig
 from keye_jax.nn import keye, lora
+from keye_jax.sharding import SCALE
 from keye_jax.steps import state as state_lib
 from keye_jax.steps.state import State
 
@@ -73,8 +74,8 @@ def trained(run: str | os.PathLike, config: RunConfig, model: ModelConfig) -> ch
 def load(run: str | os.PathLike, config: RunConfig, model: ModelConfig, load_base: Callable[[str], Any]) -> Any:
   """Parameters of a run with adapters, merged into its base.
 
-  load_base: folder -> parameters. Looks for the base where it was when the checkpoint was written, then at train.init
-  of the run's config. Raises InputError when it is not there or not the same.
+  load_base: folder -> parameters, in 8 bits where the run has them so. Looks for the base where it was when the
+  checkpoint was written, then at train.init of the run's config. Raises InputError when it is absent or another one.
   """
   own = trained(run, config, model)
   then = own.host['base']
@@ -84,7 +85,8 @@ def load(run: str | os.PathLike, config: RunConfig, model: ModelConfig, load_bas
                      'of the run, train.init, where it is')
   check_base(run, then, {'path': path, 'digest': digest(path)})
   names, here = _paths(keye.param_shapes(model)), _paths(own.params)
-  base = state_lib.pick(load_base(path), lambda path: path in names and path not in here)
+  wanted = lambda path: (path in names or path[-1].endswith(SCALE)) and path not in here
+  base = state_lib.pick(load_base(path), wanted)
   return lora.merged(config.lora, model, state_lib.merge(own.params, base))
 
 

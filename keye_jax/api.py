@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -21,14 +21,15 @@ from data_pipelines.errors import InputError
 from data_pipelines.images import patchify
 from data_pipelines.schema import Batch, Example
 from keye_jax import adapters, checkpoint, run_folder, sharding
-from keye_jax.config import DataConfig, ModelConfig
+from keye_jax.config import DataConfig, ModelConfig, RunConfig
 from keye_jax.hf import gguf, reader, writer
-from keye_jax.nn import head, keye
+from keye_jax.nn import head, int8, keye, lora
 from keye_jax.nn.model import param_shapes
 from keye_jax.rollout import sampler
 
 Dtype = Literal['float32', 'bfloat16']
 Message = dict[str, Any]      # {'role': ..., 'content': str or list of parts}; see data_pipelines/chat.py
+Placing = Callable[[ModelConfig], reader.Place]
 Medium = Any                  # a path, the bytes of a file, or a uint8 array
 
 
@@ -51,6 +52,23 @@ def load_pretrained(folder: str | os.PathLike, dtype: Dtype | None = None,
   model was saved with, sparse when it has an indexer. Under a mesh the parameters are born sharded.
   Raises InputError, in one line that names the file, for anything missing, unused, damaged or of the wrong shape.
   """
+  return load(folder, dtype, attention)
+
+
+def placed(config: ModelConfig) -> reader.Place:
+  """Where the reader puts parameters: on the device, or sharded over the mesh, each device reading its own block."""
+  if not sharding.has_mesh():
+    return lambda path, shape, dtype, fetch: jax.device_put(fetch((slice(None),) * len(shape)))
+  specs = {path: leaf.sharding.spec for path, leaf in writer.flatten(param_shapes(config)).items()}
+
+  def place(path, shape, dtype, fetch):
+    return jax.make_array_from_callback(shape, jax.NamedSharding(jax.sharding.get_mesh(), specs[path]), fetch)
+  return place
+
+
+def load(folder: str | os.PathLike, dtype: Dtype | None = None, attention: Literal['dense', 'sparse'] | None = None,
+         place: Placing = placed) -> tuple[Model, dict[str, Any]]:
+  """`load_pretrained` with a say in what stands for a parameter that is read from a folder or a file of weights."""
   folder = os.fspath(folder)
   dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
   adapt = functools.partial(_adapted, dtype=dtype, attention=attention)
@@ -61,7 +79,7 @@ def load_pretrained(folder: str | os.PathLike, dtype: Dtype | None = None,
                        f'from it: --config.train.init={folder}')
     config = adapt(run.model)
     if run.lora.targets:
-      params = adapters.load(folder, run, config, lambda base: load_pretrained(base, dtype)[1])
+      params = adapters.load(folder, run, config, lambda base: load_base(base, run, dtype))
     else:
       params = checkpoint.load_params(folder, keye.param_shapes(config), warnings.warn).params
     data = dataclasses.replace(run.data, tokenizer=run_tokenizer(folder, run.data), sources=())
@@ -73,8 +91,16 @@ def load_pretrained(folder: str | os.PathLike, dtype: Dtype | None = None,
     source = reader.open_folder(folder)
     config, fmt, data = reader.read_config(folder)
     config, data, words = adapt(config), dataclasses.replace(data, tokenizer=folder), tokenizer.load(folder)
-  params = reader.load(source, config, fmt, dtype, placed(config))
+  params = reader.load(source, config, fmt, dtype, place(config))
   return Model(config, words, data, folder, fmt), params
+
+
+def load_base(folder: str, run: RunConfig, dtype: Dtype) -> dict[str, Any]:
+  """Parameters of the base of a run with adapters, in `dtype` but for what the run has in 8 bits: that is made of what
+  it was made of when the run began, weights in the run's own dtype."""
+  eight = lora.in_int8(run)
+  params = load(folder, run.model.param_dtype if eight else dtype, place=int8.placing(eight, placed))[1]
+  return int8.cast(int8.quantised(eight, params), dtype)
 
 
 def encode(model: Model, messages: Sequence[Message], images: Sequence[Medium] = (), videos: Sequence[Medium] = (),
@@ -158,17 +184,6 @@ def default_format(config: ModelConfig) -> str:
 def run_tokenizer(folder: str, data: DataConfig) -> str:
   """The tokenizer folder of a run: its own when it carries one."""
   return folder if os.path.exists(os.path.join(folder, 'tokenizer.json')) else data.tokenizer
-
-
-def placed(config: ModelConfig) -> reader.Place:
-  """Where the reader puts parameters: on the device, or sharded over the mesh, each device reading its own block."""
-  if not sharding.has_mesh():
-    return lambda path, shape, dtype, fetch: jax.device_put(fetch((slice(None),) * len(shape)))
-  specs = {path: leaf.sharding.spec for path, leaf in writer.flatten(param_shapes(config)).items()}
-
-  def place(path, shape, dtype, fetch):
-    return jax.make_array_from_callback(shape, jax.NamedSharding(jax.sharding.get_mesh(), specs[path]), fetch)
-  return place
 
 
 def bucket(n: int, least: int = 32) -> int:

@@ -12,7 +12,7 @@ from data_pipelines.errors import InputError
 from keye_jax import api, checkpoint, run_folder
 from keye_jax.config import ModelConfig, RunConfig, TextConfig
 from keye_jax.hf import siglip
-from keye_jax.nn import contrast, counts, keye, lora
+from keye_jax.nn import contrast, counts, int8, keye, lora
 from keye_jax.nn.model import init_params, param_shapes
 from keye_jax.objectives.common import Objective
 from keye_jax.objectives.policy import gspo
@@ -60,6 +60,7 @@ def _programs(config: RunConfig, objective: Objective, apply: Callable[[Any, Any
   update = make_update(apply, objective, tx, train.accumulate)
 
   def around(params, key):
+    params = int8.quantised(lora.in_int8(config), params)
     if config.lora.targets:
       params = state_lib.merge(params, lora.init(config.lora, model, params, jax.random.fold_in(key, 1)))
     return state_lib.create(params, tx, lora.freeze(config), model.dtype, key)
@@ -75,8 +76,12 @@ def _programs(config: RunConfig, objective: Objective, apply: Callable[[Any, Any
 def first_state(config: RunConfig, made: Programs, say: Callable[[str], None]) -> State:
   """State of step 0: random parameters, or those of `train.init`. Says what is trained when that is not all of it."""
   key, init = jax.random.key(config.train.seed), config.train.init
-  whole = bool(config.lora.targets)
-  state = made.around(initial_params(config.model, init, key, say, whole), key) if init else made.fresh(key)
+  if init:
+    eight = lora.in_int8(config)
+    params = initial_params(config.model, init, key, say, bool(config.lora.targets), int8.placing(eight, api.placed))
+    state = made.around(int8.quantised(eight, params), key)
+  else:
+    state = made.fresh(key)
   if state.frozen:
     named = lambda params: ', '.join(f'{part} {n:,}' for part, n in counts.parts(params).items() if n)
     say(f'{init or "new parameters"}: trains {named(state.train)}; frozen are {named(state.frozen)}')
@@ -84,14 +89,14 @@ def first_state(config: RunConfig, made: Programs, say: Callable[[str], None]) -
 
 
 def initial_params(model: ModelConfig, folder: str, key: jax.Array, say: Callable[[str], None],
-                   whole: bool = False) -> Any:
+                   whole: bool = False, place: api.Placing = api.placed) -> Any:
   """Parameters of a run folder, a Hugging Face folder or a GGUF file, for `model`.
 
   Also of a SigLIP folder. A part that the folder lacks (see PARTS) is made new, and one that the model lacks is left
-  out; both are said. whole: nothing may be lacking, as a part that is new and frozen is of no use. Raises InputError
-  naming the first difference when anything else does not fit.
+  out; both are said. whole: nothing may be lacking, as a part that is new and frozen is of no use. place: as of
+  `api.load`. Raises InputError naming the first difference when anything else does not fit.
   """
-  found, params = read(folder, model)
+  found, params = read(folder, model, place)
   if differ := architecture_differences(found, model):
     name, (theirs, ours) = next(iter(differ.items()))
     raise InputError(f'train.init: {folder} has model.{name} = {theirs!r}, this run {ours!r}'
@@ -115,7 +120,7 @@ def initial_params(model: ModelConfig, folder: str, key: jax.Array, say: Callabl
   return state_lib.merge(params, new_params(model, key, keep, norm_LD))
 
 
-def read(folder: str, model: ModelConfig) -> tuple[ModelConfig, Any]:
+def read(folder: str, model: ModelConfig, place: api.Placing) -> tuple[ModelConfig, Any]:
   """(what a folder holds, its parameters in the dtype and on the mesh of `model`)."""
   if checkpoint.is_run(folder) and (towers := run_folder.read_config(folder).model).contrast:
     towers = dataclasses.replace(towers, param_dtype=model.param_dtype, layout=model.layout)
@@ -123,7 +128,7 @@ def read(folder: str, model: ModelConfig) -> tuple[ModelConfig, Any]:
   if siglip.is_folder(folder):
     vision, tower = siglip.load_tower(folder, model.param_dtype, api.placed(model))
     return ModelConfig(TextConfig(layers=0), vision, contrast=True), {'vision': tower}
-  found, params = api.load_pretrained(folder, dtype=model.param_dtype)
+  found, params = api.load(folder, model.param_dtype, place=place)
   return found.config, params
 
 

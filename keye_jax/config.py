@@ -178,6 +178,7 @@ class LoraConfig:
   targets: tuple[str, ...] = ()   # patterns of paths, e.g. ('layers/attn/*',), see keye_jax/nn/lora.py; (): no adapters
   rank: int = 8
   alpha: float = 16.0
+  base: Literal['float', 'int8'] = 'float'      # frozen: in model.dtype, or weights of layers in 8 bits (nn/int8.py)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +234,8 @@ def check(config: RunConfig) -> RunConfig:
        f'train.heldout = {train.heldout!r} and train.eval_every = {train.eval_every} need each other'),
       (train.patience and not train.heldout, f'train.patience = {train.patience} needs train.heldout'),
       (lora.rank < 1, f'lora.rank = {lora.rank} must be at least 1; lora.targets = () is without adapters'),
+      (lora.base != 'float' and not lora.targets,
+       f'lora.base = {lora.base!r} is for adapters, which lora.targets = () is without'),
       (lora.alpha <= 0, f'lora.alpha = {lora.alpha} must be above 0'),
       *((getattr(train, key) < 1, f'train.{key} = {getattr(train, key)} must be at least 1')
         for key in ('steps', 'batch', 'accumulate', 'log_every', 'save_every', 'keep', 'max_bad_steps'))]

@@ -112,32 +112,42 @@ def local(fn: Callable, layout: str, in_axes: tuple, out_axes) -> Callable:
 
 
 class Adapted(NamedTuple):
-  """A weight with a low-rank pair beside it (`nn/lora.py`): what is meant is w + a b, and nobody forms that sum.
+  """A weight with a low-rank pair beside it (`nn/lora.py`): what is meant is w + a b, and nobody forms that sum. With a
+  scale (`nn/int8.py`) w is int8 and w * scale is meant by it; then there may be no pair.
 
-  Leading axes of experts are common to all three; then w is [in..., out...], a [in..., rank], b [rank, out...].
+  Leading axes of experts are common to all; then w is [in..., out...], a [in..., rank], b [rank, out...], scale
+  [out...].
   """
   w: jax.Array
-  a: jax.Array
-  b: jax.Array
+  a: jax.Array | None
+  b: jax.Array | None
+  scale: jax.Array | None = None
 
 
 ADAPTER = '_lora'             # ends the name of the pair beside a weight: 'q_lora' holds {'a', 'b'} of 'q'
+SCALE = '_int8_scale'         # ends the name of the scales beside a weight in 8 bits
 
 
 def param(module, name: str, init: Callable, shape: tuple[int, ...], axes: tuple, config) -> jax.Array | Adapted:
-  """Declares a parameter that is born sharded; returns it gathered (experts stay apart) in the compute dtype, with its
-  adapter where the parameters hold one."""
+  """Declares a parameter that is born sharded; returns it gathered (experts stay apart) in the compute dtype, or in 8
+  bits where the parameters hold scales for it, with its adapter where they hold one."""
   value = module.param(name, lambda key: constrain(init(key, shape, config.param_dtype), config.layout, *axes))
-  weight = gather(value, axes, config)
-  pair = module.get_variable('params', name + ADAPTER)
-  if pair is None:
-    return weight
-  stack, inner = int(axes[0] == 'experts'), pair['a'].ndim - 1
-  return Adapted(weight, gather(pair['a'], axes[:inner] + (None,), config),
-                 gather(pair['b'], axes[:stack] + (None,) + axes[inner:], config))
+  pair, scale = (module.get_variable('params', name + end) for end in (ADAPTER, SCALE))
+  if pair is None and scale is None:
+    return gather(value, axes, config)
+  stack, a, b = int(axes[0] == 'experts'), None, None
+  if pair is not None:
+    inner = pair['a'].ndim - 1
+    a = gather(pair['a'], axes[:inner] + (None,), config)
+    b = gather(pair['b'], axes[:stack] + (None,) + axes[inner:], config)
+  if scale is None:
+    return Adapted(gather(value, axes, config), a, b)
+  return Adapted(gather(value, axes, config, 'int8'), a, b,
+                 gather(scale, axes[:stack] + axes[stack + value.ndim - scale.ndim:], config, 'float32'))
 
 
-def gather(value: jax.Array, axes: tuple, config) -> jax.Array:
-  """A stored weight as a layer uses it: cast first, so that half the bytes travel, then gathered over embed."""
+def gather(value: jax.Array, axes: tuple, config, dtype: str = '') -> jax.Array:
+  """A stored weight as a layer uses it: cast first, so that half the bytes travel, then gathered over embed. dtype:
+  default that of computation."""
   kept = tuple(a if a == 'experts' else None for a in axes)
-  return constrain(value.astype(config.dtype), config.layout, *kept)
+  return constrain(value.astype(dtype or config.dtype), config.layout, *kept)

@@ -15,6 +15,7 @@ from launch.run_config import HELP, load
 
 UNBOUNDED = DataConfig(tokens=1 << 40, vision_rows=1, vision_patches=1 << 40)       # no row is too long
 PATCH, MERGE = 14, 2
+SIMILAR = 0.95
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--same', choices=('row', 'medium', 'nothing'), default='row',
                       help='what two rows share for the later one to be dropped: media and text (default), or the '
                       'media; nothing: none is dropped')
+  parser.add_argument('--embed', default='', metavar='MODEL',
+                      help='a run or a Hugging Face folder of a Keye or a SigLIP: media that are alike to its vision '
+                      'tower are taken for one as well, also against --against')
+  parser.add_argument('--similar', type=float, default=SIMILAR,
+                      help=f'cosine of their vectors from which on they are; default: {SIMILAR}')
   parser.add_argument('--config', default='', help=f'with the sampling and shapes of a run: {HELP}')
   parser.add_argument('--shard-rows', type=int, default=0,
                       help=f'rows that go into a shard; default: {flow.LEAST}, or as many as make {flow.SHARDS} shards')
@@ -43,15 +49,21 @@ def build(args: argparse.Namespace, config_args: Sequence[str]) -> dict[str, Any
     raise InputError('--ngram and --workers must be at least 1, --shard-rows at least 0')
   if args.beam_args and not args.runner:
     raise InputError('--beam-args are of a --runner, and there is none')
+  if not 0 < args.similar <= 1:
+    raise InputError(f'--similar {args.similar} must be above 0 and at most 1')
   data, patch, merge = UNBOUNDED, PATCH, MERGE
   if args.config:
     config = load(args.config, config_args)
     data, patch, merge = config.data, config.model.vision.patch, config.model.vision.merge
   runner = (functools.partial(beam.run, runner=args.runner, args=args.beam_args) if args.runner else
             functools.partial(local.run, workers=args.workers))
+  tower = None
+  if args.embed:
+    from launch import embed  # models, which the other commands for data do without
+    tower = embed.tower(args.embed)
   with bars() as progress:
     return flow.build(args.file, args.out, data, patch, merge, runner, args.against, args.same, args.ngram,
-                      args.shard_rows, progress)
+                      args.shard_rows, progress, tower, args.similar, tower.digest if tower else '')
 
 
 @contextlib.contextmanager

@@ -29,11 +29,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 TOKEN_BT = np.random.default_rng(0).integers(0, 250, (2, 20))
 
 
-def config_of(data, base, targets=('layers/attn/*', 'layers/mlp/*'), **train):
+def config_of(data, base, targets=('layers/attn/*', 'layers/mlp/*'), kept='float', **train):
   """Adapters of rank 2 beside a small dense base: 12 steps, unless told otherwise. Experts and sparse attention with
   adapters are the business of tests/nn."""
   config = tiny_run.config(data, init=str(base), **train)
-  return dataclasses.replace(config, lora=LoraConfig(targets=targets, rank=2, alpha=4.0),
+  return dataclasses.replace(config, lora=LoraConfig(targets=targets, rank=2, alpha=4.0, base=kept),
                              optimizer=dataclasses.replace(config.optimizer, learning_rate=2e-2))
 
 
@@ -153,6 +153,53 @@ def test_going_on_is_exact_and_parts_of_a_batch_are_the_whole(finished, base, da
   loop.train(config_of(data, base, accumulate=2), tmp_path / 'cut')
   for step, (loss, _, _) in losses(finished[0]).items():
     assert losses(tmp_path / 'cut')[step][0] == pytest.approx(loss, abs=LOSS)
+
+
+@pytest.fixture(scope='module')
+def in_8_bits(data, base, tmp_path_factory):
+  """12 steps of adapters beside the same base in 8 bits."""
+  out = tmp_path_factory.mktemp('eight')
+  loop.train(config_of(data, base, kept='int8'), out)
+  return out
+
+
+def test_a_base_in_8_bits_trains_as_the_float_one_and_goes_on_exactly(finished, in_8_bits, base, data, tmp_path):
+  for step, (loss, _, _) in losses(finished[0]).items():
+    assert losses(in_8_bits)[step][0] == pytest.approx(loss, rel=1e-2)
+  assert losses(in_8_bits) != losses(finished[0])
+  out = tmp_path / 'out'
+  shutil.copytree(in_8_bits, out)
+  shutil.rmtree(out / 'checkpoints' / '12')
+  assert loop.train(config_of(data, base, kept='int8'), out).step == 12
+  assert losses(out) == losses(in_8_bits)
+  own = [parts(run)[1] for run in (out, in_8_bits)]
+  for path, a in own[0].items():
+    np.testing.assert_array_equal(a, own[1][path], err_msg=path)
+  saved = checkpoint._stored_shapes(out / 'checkpoints' / '12')
+  assert {k.split('/')[0] for k in saved} == {'step', 'train', 'opt', 'rng'} and not any('int8' in k for k in saved)
+  assert "lora.base was 'int8', now 'float'" in refused(loop.train, config_of(data, base), out)
+
+
+def test_of_a_base_in_8_bits_the_loaded_and_exported_model_is_what_was_trained(in_8_bits, base, data, tmp_path):
+  """Also from a Hugging Face folder, read a layer at a time; the adapters alone are exported as ever."""
+  config = config_of(data, base, kept='int8')
+  own = adapters.trained(in_8_bits, config, config.model).params
+  state = begin.first_state(config, begin.programs(config), lambda line: None)
+  assert state.frozen['layers']['mlp']['down'].dtype == np.int8
+  model, params = api.load_pretrained(in_8_bits)
+  trained = logits(config.model, lora.scaled(config.lora, state_lib.merge(own, state.frozen)))
+  assert_close(logits(config.model, params), trained)
+  assert command(export, '--model', str(in_8_bits), '--out', str(tmp_path / 'hf'), '--dtype', 'float32') == 0
+  found = writer.flatten(reader.load_folder(str(tmp_path / 'hf')).params)
+  for path, value in writer.flatten(params).items():
+    np.testing.assert_array_equal(found[path], value, err_msg=path)
+  assert command(export, '--model', str(in_8_bits), '--out', str(tmp_path / 'peft'), '--adapter') == 0
+  assert sorted(os.listdir(tmp_path / 'peft')) == ['adapter_config.json', 'adapter_model.safetensors']
+  assert command(export, '--model', str(base), '--out', str(tmp_path / 'base'), '--dtype', 'float32') == 0
+  folder = config_of(data, tmp_path / 'base', kept='int8')
+  again = begin.first_state(folder, begin.programs(folder), lambda line: None)
+  for (path, a), b in zip(writer.flatten(again.frozen).items(), writer.flatten(state.frozen).values(), strict=True):
+    np.testing.assert_array_equal(a, b, err_msg=path)
 
 
 def test_the_best_step_is_a_model_too(base, data, tmp_path):

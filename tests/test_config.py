@@ -121,6 +121,7 @@ def test_a_wrong_override_gives_one_line(override, message):
     (['train.patience=2'], 'train.patience = 2 needs train.heldout'),
     (['lora.rank=0'], 'lora.rank = 0 must be at least 1; lora.targets = () is without adapters'),
     (['lora.alpha=0'], 'lora.alpha = 0.0 must be above 0'),
+    (['lora.base=int8'], "lora.base = 'int8' is for adapters, which lora.targets = () is without"),
     (['train.save_every=0'], 'train.save_every = 0 must be at least 1'),
 ])
 def test_keys_that_contradict_each_other_are_named(overrides, message):
@@ -159,6 +160,7 @@ def test_the_configs_describe_what_they_say():
   full = load('configs/sft.py:30b')
   assert full.data.vision_rows * full.data.vision_patches // 4 >= full.data.video_tokens
   assert full.train.batch % (full.mesh.data * full.mesh.expert) == 0
+  assert [load(f'configs/sft.py:{size},lora,int8').lora.base for size in ('tiny', '30b')] == ['int8', 'int8']
   one = load('configs/sft.py:30b,lora')
   assert one.mesh == MeshConfig() and one.data.vision_patches // 4 >= max(one.data.video_tokens,
                                                                           one.data.image_tokens_max)

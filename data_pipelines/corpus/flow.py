@@ -23,7 +23,7 @@ from typing import Any
 import xxhash
 
 from data_pipelines import pipeline, sources, tokenizer
-from data_pipelines.corpus import shards, steps, words
+from data_pipelines.corpus import shards, steps, vectors, words
 from data_pipelines.errors import InputError
 
 DROPPED, JOB = 'dropped.jsonl', 'job.json'
@@ -35,14 +35,16 @@ LOOK_EVERY = 0.5         # seconds
 
 def build(rows: Sequence[str], out: str, data, patch: int, merge: int, runner: Callable[[Callable], None],
           against: Sequence[str] = (), same: str = 'row', gram: int = words.GRAM, shard_rows: int = 0,
-          progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
+          progress: Callable[[str, int, int], None] | None = None, embed: vectors.Embed | None = None,
+          similar: float = 1.0, model: str = '') -> dict[str, Any]:
   """Builds the corpus `out` from files of rows; returns its manifest.
 
   data: the sampling and limits (DataConfig); its `path`, `sources` and `grey` are not used. runner: calls a function
   with something that has the five verbs, and returns when all is done. against: files whose media and runs of `gram`
   words are kept out. same: what two rows must share for the later one to be dropped: the 'row', media and text; the
   'medium'; or 'nothing', so that none is. shard_rows: rows that go into a shard; 0: LEAST, or as many as make SHARDS
-  shards. progress: told (what, done, of).
+  shards. progress: told (what, done, of). embed: see vectors.py; media of two rows, or of a row and an evaluation set,
+  whose vectors have at least the cosine `similar` are taken for one. model: what tells it from other functions.
 
   A build that was stopped goes on; one that is finished is checked against its digests. Raises InputError when a file
   is missing, when `out` holds something else, or when nothing is left.
@@ -58,8 +60,8 @@ def build(rows: Sequence[str], out: str, data, patch: int, merge: int, runner: C
   vocabulary = _tokenizer(data, rows)
   job = steps.Job(str(out), tuple(files[0]), tuple(files[1]),
                   dataclasses.replace(data, path='', sources=(), tokenizer=str(out), grey=False), patch, merge,
-                  shard_rows or max(LEAST, -(-count // SHARDS)), gram, same)
-  made = _made(job, vocabulary)
+                  shard_rows or max(LEAST, -(-count // SHARDS)), gram, same, embed, similar)
+  made = _made(job, vocabulary) | ({'embed': model, 'similar': similar} if embed else {})
   if (out / shards.MANIFEST).is_file():
     return _verified(out, made)
   (out / steps.WORK).mkdir(parents=True, exist_ok=True)
@@ -76,7 +78,8 @@ def flow(run, job: steps.Job) -> Any:
   seen = run.spread(run.create(steps.parts(job.against, job.shard_rows)), functools.partial(steps.see, job=job))
   index = run.gather(seen, steps.index)
   measured = run.spread(run.create(parts), functools.partial(steps.measure, job=job), index)
-  pairs = run.map(run.group(run.map(measured, functools.partial(steps.keys, job=job))), steps.near)
+  pairs = run.map(run.group(run.map(measured, functools.partial(steps.keys, job=job))),
+                  functools.partial(steps.near, job=job))
   return run.spread(run.create(parts), functools.partial(steps.write, job=job), run.gather(pairs, steps.choose))
 
 
@@ -110,7 +113,7 @@ def _verified(out: pathlib.Path, made: dict[str, Any]) -> dict[str, Any]:
 
 
 def _same(out, before: dict[str, Any], made: dict[str, Any]) -> None:
-  if changed := sorted(key for key in made if before.get(key) != made[key]):
+  if changed := sorted(key for key in before.keys() | made if before.get(key) != made.get(key)):
     raise InputError(f'{out} holds a corpus made otherwise (differs in: {", ".join(changed)}); remove it or name '
                      'another folder')
 

@@ -12,16 +12,18 @@ import functools
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import xxhash
 
 from data_pipelines import packing, pipeline, sources
-from data_pipelines.corpus import looks, shards, words
+from data_pipelines.corpus import looks, shards, vectors, words
 from data_pipelines.errors import InputError
 
 WORK = 'work'
+LIKE = 'like.'              # begins the keys under which rows are compared by their vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Job:
   shard_rows: int
   gram: int                                  # words
   same: Literal['row', 'medium', 'nothing']  # what two rows must share for one of them to be dropped
+  embed: vectors.Embed | None = None         # hashable, picklable
+  similar: float = 1.0                       # cosine from which on two media are one
 
 
 class Part(NamedTuple):
@@ -57,6 +61,7 @@ class Measured(NamedTuple):
   text: str = ''                # see words.key
   media: tuple[looks.Look, ...] = ()
   tokens: int = 0
+  vectors: tuple[str, ...] = ()           # of its media, when there is a model to make them; see vectors.py
 
 
 class Seen(NamedTuple):
@@ -64,6 +69,7 @@ class Seen(NamedTuple):
   where: str
   grams: tuple[tuple[int, ...], ...]      # hashes of each turn's
   media: tuple[looks.Look, ...]
+  vectors: tuple[str, ...] = ()
 
 
 class Index(NamedTuple):
@@ -72,6 +78,7 @@ class Index(NamedTuple):
   templates: int                           # runs of words that were left out because too many turns have them
   bands: dict[str, list[int]]              # see looks.bands
   media: list[tuple[str, looks.Look]]
+  vectors: dict[str, tuple[list[str], np.ndarray]]      # file:row and direction of each medium, by its kind
 
 
 def parts(files: tuple[tuple[str, int], ...], size: int) -> list[Part]:
@@ -108,12 +115,12 @@ def remembered(job: Job, name: str, make: Callable[[], Any]) -> Any:
 def see(part: Part, job: Job) -> Iterator[Seen]:
   """The rows of a part of an evaluation set. Raises InputError at one that cannot be read: what it holds could not be
   kept out."""
-  for where, grams, found in remembered(job, f'against-{part.number:05d}.json', lambda: list(_see(part, job))):
-    yield Seen(where, tuple(map(tuple, grams)), tuple(itertools.starmap(looks.Look, found)))
+  for where, grams, found, like in remembered(job, f'against-{part.number:05d}.json', lambda: list(_see(part, job))):
+    yield Seen(where, tuple(map(tuple, grams)), tuple(itertools.starmap(looks.Look, found)), tuple(like))
 
 
 def _see(part, job):
-  load = _load(job, part.file)
+  load, known = _load(job, part.file), {}
   for i in range(part.start, part.stop):
     try:
       row = load.rows[i]
@@ -121,7 +128,8 @@ def _see(part, job):
                for turn in pipeline.load_media(said, job.data, job.patch, job.merge)]
     except InputError as e:
       raise InputError(f'--against {load.rows.where(i)}: {e}; without this row the set cannot be kept out') from None
-    yield load.rows.where(i), [sorted({h for h, _ in words.grams(turn, job.gram)}) for turn in turns], _looks(turns)
+    grams, media = [sorted({h for h, _ in words.grams(turn, job.gram)}) for turn in turns], _looks(turns)
+    yield load.rows.where(i), grams, media, _vectors(turns, media, job, known)
 
 
 def index(seen: Iterable[Seen]) -> Index:
@@ -135,23 +143,35 @@ def index(seen: Iterable[Seen]) -> Index:
     for h in itertools.chain.from_iterable(s.grams):
       if count[h] <= words.TEMPLATE:
         grams.setdefault(h, s.where)
-  held, bands = [], {}
+  held, bands, like = [], {}, {}
   for s in seen:
     for one in s.media:
       if one.pixels not in bands:
         for band in looks.bands(one):
           bands.setdefault(band, []).append(len(held))
         held.append((s.where, one))
-  return Index(grams, sum(n > words.TEMPLATE for n in count.values()), bands, held)
+    for one in s.vectors:
+      like.setdefault(vectors.kinds([one]), {}).setdefault(one, s.where)
+  found = {kind: (list(each.values()), vectors.directions(list(each))) for kind, each in like.items()}
+  return Index(grams, sum(n > words.TEMPLATE for n in count.values()), bands, held, found)
 
 
-def contaminated(turns, media: Iterable[looks.Look], held: Index, n: int) -> tuple[str, str] | None:
+def contaminated(turns, media: Iterable[looks.Look], held: Index, n: int, like: Iterable[str] = (),
+                 similar: float = 1.0) -> tuple[str, str] | None:
   """(reason, what is shared with which row) of a row that an evaluation set has, else None."""
   for one in media:
     near = sorted({i for band in looks.bands(one) for i in held.bands.get(band, ())})
     for where, other in (held.media[i] for i in near):
       if looks.alike(one, other):
         return 'medium of an evaluation set', f'its {"video" if one.seconds else "picture"} is that of {where}'
+  for one in like:
+    kind = vectors.kinds([one])
+    if kind in held.vectors:
+      where, directions = held.vectors[kind]
+      i, cosine = vectors.nearest(directions, one)
+      if cosine >= similar:
+        return 'medium of an evaluation set', (f'its {"video" if kind == "video" else "picture"} is like that of '
+                                               f'{where[i]} to the model (cosine {cosine:.3f})')
   for turn in turns:
     for h, run in words.grams(turn, n):
       if h in held.grams:
@@ -175,7 +195,7 @@ def measure(part: Part, held: Index, job: Job) -> Iterator[Measured]:
 
 
 def _samples(part, held, job, found: list[Measured]) -> Iterator[bytes]:
-  load = _load(job, part.file)
+  load, known = _load(job, part.file), {}
   for i in range(part.start, part.stop):
     row, where = part.first + i, load.rows.where(i)
     try:
@@ -186,13 +206,14 @@ def _samples(part, held, job, found: list[Measured]) -> Iterator[bytes]:
       found.append(Measured(row, where, e.reason, str(e)))
       continue
     media = _looks(turns)
-    if shared := contaminated(turns, media, held, job.gram):
+    like = _vectors(turns, media, job, known)
+    if shared := contaminated(turns, media, held, job.gram, like, job.similar):
       found.append(Measured(row, where, shared[0], f'{where}: {shared[1]}'))
       continue
     record = shards.pack(example)
     conversation = load.rows[i]
     found.append(Measured(row, where, exact=xxhash.xxh3_128_hexdigest(record), media=media, tokens=len(example.token_T),
-                          text=words.key(conversation.trunk, conversation.branches)))
+                          text=words.key(conversation.trunk, conversation.branches), vectors=like))
     yield record
 
 
@@ -204,14 +225,21 @@ def keys(row: Measured, job: Job) -> Iterator[tuple[str, Measured]]:
     if job.same == 'row':
       yield f'{row.text}.', row
     return
-  shared = f'{row.text if job.same == "row" else ""}.{len(row.media)}.'
+  text = row.text if job.same == 'row' else ''
   for band in looks.bands(row.media[0]):
-    yield shared + band, row
+    yield f'{text}.{len(row.media)}.{band}', row._replace(vectors=())
+  if row.vectors:
+    yield f'{LIKE}{text}.{vectors.kinds(row.vectors)}', row._replace(media=())
 
 
-def near(group: tuple[str, Iterable[Measured]]) -> Iterator[tuple[int, str, int, str, str]]:
+def near(group: tuple[str, Iterable[Measured]], job: Job) -> Iterator[tuple[int, str, int, str, str]]:
   """(earlier row, where, later row, where, how) of rows under one key that are one."""
   rows = sorted(group[1])
+  if group[0].startswith(LIKE):
+    found_NMW = np.stack([vectors.directions(row.vectors) for row in rows])
+    for a, b in vectors.repeated(found_NMW, job.similar):
+      yield rows[a].row, rows[a].where, rows[b].row, rows[b].where, 'similar'
+    return
   leader: dict[str, Measured] = {}
   for row in rows:
     first = leader.setdefault(row.exact, row)
@@ -262,6 +290,8 @@ def _why(row: Measured, kept: str, how: str, job: Job) -> tuple[str, str]:
   """(reason, message)"""
   if how == 'exact':
     return 'duplicate', f'{row.where}: the same as {kept}'
+  if how == 'similar':
+    return 'duplicate by embedding', f'{row.where}: like {kept} to the model'
   return 'near duplicate', f'{row.where}: {"looks" if job.same == "medium" else "looks and reads"} like {kept}'
 
 
@@ -270,11 +300,22 @@ def _notes(job: Job, name: str) -> list:
 
 
 def _measured(row: list) -> Measured:
-  return Measured(*row)._replace(media=tuple(itertools.starmap(looks.Look, row[6])))
+  return Measured(*row)._replace(media=tuple(itertools.starmap(looks.Look, row[6])), vectors=tuple(row[8]))
 
 
 def _looks(turns) -> tuple[looks.Look, ...]:
   return tuple(looks.look(kind, value) for turn in turns for kind, value in turn.parts if kind != 'text')
+
+
+def _vectors(turns, media: Sequence[looks.Look], job: Job, known: dict[str, str]) -> tuple[str, ...]:
+  """Of the media of a row. known: those made before, by the hash of their pixels."""
+  if not job.embed:
+    return ()
+  parts = (part for turn in turns for part in turn.parts if part[0] != 'text')
+  for one, (kind, value) in zip(media, parts, strict=True):
+    if one.pixels not in known:
+      known[one.pixels] = vectors.vector(job.embed, kind, value)
+  return tuple(known[one.pixels] for one in media)
 
 
 @functools.lru_cache(4)

@@ -104,15 +104,16 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
     return rule
 
   def adapted(forward: bool):
-    """G, A: ranks beside gate_up and down. Backward has no gradient of the matrices, and forms x A again."""
-    def rule(N, D, E, F, K, G, A, width) -> Cost:
+    """G, A: ranks beside gate_up and down; stored: bytes of a weight. Backward has no gradient of the matrices, and
+    forms x A again."""
+    def rule(N, D, E, F, K, G, A, width, stored) -> Cost:
       picks = computed(N, E, K)
       tiles, weights, pairs = picks / grouped.MAX_TILE + E, 3 * D * F, G * (D + 2 * F) + A * (F + D)
       rows = picks * width * (4 * D + 2 * F)
       if forward:
-        return Cost(2.0 * picks * (weights + pairs), bytes=rows + tiles * (weights + pairs) * width)
+        return Cost(2.0 * picks * (weights + pairs), bytes=rows + tiles * (weights * stored + pairs * width))
       return Cost(2.0 * picks * (weights + 2 * pairs + G * D + A * F),
-                  bytes=2 * rows + tiles * (weights * width + pairs * (width + 2 * FLOAT)))
+                  bytes=2 * rows + tiles * (weights * stored + pairs * (width + 2 * FLOAT)))
     return rule
 
   return {

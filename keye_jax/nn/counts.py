@@ -9,6 +9,7 @@ import jax
 from keye_jax.config import ModelConfig
 from keye_jax.nn import flops as flops_of
 from keye_jax.nn import model
+from keye_jax.sharding import SCALE
 
 WIDTH = {'float32': 4, 'bfloat16': 2}
 # By the first name of a parameter's path; what is not here is of the language model.
@@ -16,10 +17,13 @@ PARTS = {'vision': 'vision', 'projector': 'projector'} | dict.fromkeys(('text', 
 
 
 def parts(params) -> dict[str, int]:
-  """Parameters of the tree by part: language, indexers, vision, projector; text tower where there is one."""
+  """Parameters of the tree by part: language, indexers, vision, projector; text tower where there is one. The scales of
+  weights in 8 bits are none."""
   total = dict(language=0, indexers=0, vision=0, projector=0)
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     keys = [k.key for k in path]
+    if keys[-1].endswith(SCALE):
+      continue
     part = 'indexers' if 'indexer' in keys else PARTS.get(keys[0], 'language')
     total[part] = total.get(part, 0) + math.prod(leaf.shape)
   return total

@@ -37,7 +37,7 @@ class Mlp(nn.Module):
 def moe(config: ModelConfig, x_BTD, routing: router.Routing, gate_up_EDF2, down_EFD):
   """(weighted sum of each token's experts, picks that the transport dropped or None where it drops none).
 
-  Either matrix may be `Adapted`: then each expert has a low-rank pair of its own.
+  Either matrix may be `Adapted`: then each expert has a low-rank pair, or scales, of its own.
   """
   name = config.experts_transport
   if not sharding.has_mesh():
@@ -55,16 +55,17 @@ def moe(config: ModelConfig, x_BTD, routing: router.Routing, gate_up_EDF2, down_
     return y_ND.reshape(x_BTD.shape), dropped_N.reshape(B, T)
 
   if isinstance(gate_up_EDF2, Adapted) or isinstance(down_EFD, Adapted):
-    gate_up_EDF2, down_EFD = full(gate_up_EDF2), full(down_EFD)
+    gate_up_EDF2, down_EFD = (full(w, config.dtype) for w in (gate_up_EDF2, down_EFD))
   tokens = ('batch', 'seq', None)
-  matrices = jax.tree.map(lambda a: ('experts', None, None), (gate_up_EDF2, down_EFD))
+  matrices = jax.tree.map(lambda a: ('experts',) + (None,) * (a.ndim - 1), (gate_up_EDF2, down_EFD))
   y_BTD, dropped_BT = sharding.local(fn, config.layout, (tokens, tokens, tokens, *matrices), (tokens, tokens[:2]))(
       x_BTD, routing.expert_BTK, routing.weight_BTK, gate_up_EDF2, down_EFD)
   return y_BTD, dropped_BT.sum() if name in ('padded', 'ragged') else None
 
 
-def full(w_EAB: jax.Array | Adapted) -> Adapted:
+def full(w_EAB: jax.Array | Adapted, dtype: str) -> Adapted:
   """A weight with its adapter, or with one of rank 0."""
-  if isinstance(w_EAB, Adapted):
-    return w_EAB
-  return Adapted(w_EAB, w_EAB[:, :, :0], w_EAB[:, :0])
+  found = w_EAB if isinstance(w_EAB, Adapted) else Adapted(w_EAB, None, None)
+  if found.a is not None:
+    return found
+  return found._replace(a=found.w[:, :, :0].astype(dtype), b=found.w[:, :0].astype(dtype))

@@ -2,6 +2,7 @@
 
 B batch, T time, D features, F ffn width.
 """
+import functools
 import math
 from collections.abc import Callable
 
@@ -32,18 +33,40 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
 
 
 def project(x: jax.Array, w: jax.Array | Adapted, axes: int = 1) -> jax.Array:
-  """Contracts the last `axes` dimensions of x with the first of w; with an adapter x W + (x A) B.
+  """Contracts the last `axes` dimensions of x with the first of w; with an adapter x W + (x A) B. Of a weight in 8 bits
+  the result has the rounding of its dtype twice, before and after the scale.
 
   One row, as in decoding, is a multiply and a sum: XLA for CPUs inlines the reshaped weight into a one-row dot and then
   walks it by columns, 7 times slower. Under a mesh it stays a dot, whose sharding jax knows.
   """
   if isinstance(w, Adapted):
-    return project(x, w.w, axes) + project(project(x, w.a, axes), w.b)
+    y = project(x, w.w, axes) if w.scale is None else project_int8(x, w.w, w.scale, axes)
+    return y if w.a is None else y + project(project(x, w.a, axes), w.b)
   rows, width = x.shape[:x.ndim - axes], math.prod(w.shape[:axes])
   if math.prod(rows) != 1 or not jax.typeof(x).sharding.mesh.empty:
     return jnp.tensordot(x, w, axes)
   y = (x.reshape(width, 1).astype(jnp.float32) * w.reshape(width, -1).astype(jnp.float32)).sum(0)
   return y.astype(x.dtype).reshape(rows + w.shape[axes:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def project_int8(x: jax.Array, q: jax.Array, scale: jax.Array, axes: int) -> jax.Array:
+  """x (q * scale). Its gradient is written out so that q is kept for it in 8 bits, not as what the product took."""
+  return _scaled(project(x, q.astype(x.dtype), axes), scale)
+
+
+def _scaled(y: jax.Array, scale: jax.Array) -> jax.Array:
+  return (y.astype(jnp.float32) * scale).astype(y.dtype)
+
+
+def _project_int8_bwd(axes, saved, dy):
+  q, scale = saved
+  made = q.ndim - axes
+  last = range(dy.ndim - made, dy.ndim), range(axes, q.ndim)
+  return jnp.tensordot(_scaled(dy, scale), q.astype(dy.dtype), tuple(map(tuple, last))), None, None
+
+
+project_int8.defvjp(lambda x, q, scale, axes: (project_int8(x, q, scale, axes), (q, scale)), _project_int8_bwd)
 
 
 def swiglu(x_BTD: jax.Array, gate_up_DF2: jax.Array | Adapted, down_FD: jax.Array | Adapted) -> jax.Array:

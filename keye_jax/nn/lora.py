@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from data_pipelines.errors import InputError
 from keye_jax import sharding
 from keye_jax.config import LoraConfig, ModelConfig, RunConfig
-from keye_jax.sharding import ADAPTER
+from keye_jax.nn import int8
+from keye_jax.sharding import ADAPTER, SCALE
 
 
 def weights(model: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -47,6 +48,16 @@ def targets(config: LoraConfig, model: ModelConfig) -> dict[str, tuple[int, int]
       raise InputError(f'lora.targets: {pattern!r} matches no weight that can have an adapter; there are '
                        f'{", ".join(known)}')
   return {path: axes for path, axes in known.items() if any(fnmatch.fnmatchcase(path, p) for p in config.targets)}
+
+
+def in_int8(config: RunConfig) -> dict[str, tuple[int, int]]:
+  """The part of `weights` that a run has in 8 bits (`int8.py`): with lora.base = 'int8' all of it, with a pair or
+  without, that `train.freeze` does not thaw."""
+  if config.lora.base != 'int8':
+    return {}
+  thawed = [entry[1:] for entry in config.train.freeze if entry.startswith('!')]
+  below = lambda path, entry: not entry or (path + '/').startswith(entry + '/')
+  return {path: axes for path, axes in weights(config.model).items() if not any(below(path, e) for e in thawed)}
 
 
 def freeze(config: RunConfig) -> tuple[str, ...]:
@@ -90,32 +101,42 @@ def scaled(config: LoraConfig, params: Any) -> Any:
 
 def merged(config: LoraConfig, model: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
   """Plain parameters with every pair added into its weight, which is given up; the sums are formed in float32, a layer
-  at a time and in place."""
-  axes, scale = targets(config, model), config.alpha / config.rank
+  at a time and in place. A weight in 8 bits (`int8.py`) becomes one in model.param_dtype."""
+  axes, factor = weights(model), config.alpha / config.rank
 
   def walk(tree, path=()):
     out = {}
     for name, value in tree.items():
-      if name.endswith(ADAPTER):
+      if name.endswith((ADAPTER, SCALE)):
         continue
-      pair = tree.get(name + ADAPTER)
+      pair, scale = tree.get(name + ADAPTER), tree.get(name + SCALE)
       if isinstance(value, dict):
         out[name] = walk(value, (*path, name))
+      elif scale is not None:
+        out[name] = _summed(value, scale, pair, factor, *axes['/'.join((*path, name))], model.param_dtype)
+        int8.give_up(value)
       else:
-        out[name] = value if pair is None else _add(value, pair['a'], pair['b'], scale, *axes['/'.join((*path, name))])
+        out[name] = value if pair is None else _add(value, None, pair, factor, *axes['/'.join((*path, name))],
+                                                    value.dtype)
     return out
   return walk(params)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5), donate_argnums=0)
-def _add(w, a, b, scale: float, stack: int, inner: int) -> jax.Array:
+def _sum(w, scale, pair, factor: float, stack: int, inner: int, dtype) -> jax.Array:
+  """w, or w * scale, + factor A B."""
   lead, into, out = 'E' * (stack - 1), 'IJ'[:inner], 'OP'[:w.ndim - stack - inner]
   equation = f'{lead}{into}r,{lead}r{out}->{lead}{into}{out}'
   where = jax.P(*jax.typeof(w).sharding.spec[1:]) if sharding.has_mesh() else None
 
-  def one(i, w):
+  def one(i, found):
     at = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
-    delta = jnp.einsum(equation, at(a).astype(jnp.float32), at(b).astype(jnp.float32),
-                       precision=jax.lax.Precision.HIGHEST, out_sharding=where)
-    return jax.lax.dynamic_update_index_in_dim(w, (at(w).astype(jnp.float32) + scale * delta).astype(w.dtype), i, 0)
-  return jax.lax.fori_loop(0, w.shape[0], one, w)
+    layer = at(found).astype(jnp.float32) if scale is None else int8.dequantised(at(w), at(scale), stack - 1)
+    if pair is not None:
+      a, b = (at(pair[side]).astype(jnp.float32) for side in 'ab')
+      layer += factor * jnp.einsum(equation, a, b, precision=jax.lax.Precision.HIGHEST, out_sharding=where)
+    return jax.lax.dynamic_update_index_in_dim(found, layer.astype(dtype), i, 0)
+  return jax.lax.fori_loop(0, w.shape[0], one, w.astype(dtype))
+
+
+_summed = jax.jit(_sum, static_argnums=(3, 4, 5, 6))
+_add = jax.jit(_sum, static_argnums=(3, 4, 5, 6), donate_argnums=0)

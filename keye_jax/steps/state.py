@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from data_pipelines.errors import InputError
+from keye_jax.nn import int8
 from keye_jax.sharding import ADAPTER
 from keye_jax.steps import rounding
 
@@ -14,7 +15,7 @@ from keye_jax.steps import rounding
 class State(NamedTuple):
   step: jax.Array      # int32: batches consumed, skipped ones included
   train: Any           # nested dict: differentiated, has optimizer state, donated to the step
-  frozen: Any          # nested dict in the compute dtype: neither
+  frozen: Any          # nested dict in the compute dtype, or 8 bits: neither
   opt: Any             # float32
   rng: jax.Array       # typed key; a step that needs noise folds `step` into it
 
@@ -26,7 +27,7 @@ def create(params: Any, tx: optax.GradientTransformation, freeze: tuple[str, ...
   freeze: see `split`. dtype: of frozen parameters, the model's compute dtype.
   """
   train, frozen = split(params, freeze)
-  frozen = jax.tree.map(lambda x: x.astype(dtype), frozen)
+  frozen = int8.cast(frozen, dtype)
   opt = jax.jit(lambda train: tx.init(rounding.float32(train)))(train)
   return State(jnp.zeros((), jnp.int32), train, frozen, opt, key)
 

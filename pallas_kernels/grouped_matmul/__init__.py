@@ -3,6 +3,7 @@
 N rows, D input features, F output features (of `routed_swiglu`: hidden ones), E experts, K experts of a row.
 """
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
@@ -52,11 +53,16 @@ def adapted_swiglu(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, 
   """`routed_swiglu` with W + A B in place of both matrices; that sum is never formed (LoRA, arXiv 2106.09685 eq. 3).
 
   gate_up: (W [E, D, 2 F], A [E, D, A], B [E, A, 2 F]); down: (W [E, F, D], A [E, F, A], B [E, A, D]); a matrix without
-  an adapter has one of rank 0. Differentiable in x, weight, A and B; W passes no gradient, and none is computed.
-  Raises ValueError when the shapes do not fit.
+  an adapter has one of rank 0. A fourth, unless it is None, is a scale, [E, 2 F] or [E, D], float32: then W is int8 and
+  W times its scale is meant. Differentiable in x, weight, A and B; W passes no gradient, and none is computed. Raises
+  ValueError when the shapes do not fit.
   """
-  for name, (w, a, b) in (('gate_up', gate_up), ('down', down)):
+  gate_up, down = ((*each, None)[:4] for each in (gate_up, down))
+  for name, (w, a, b, scale) in (('gate_up', gate_up), ('down', down)):
     E, D, F = w.shape
+    if (w.dtype == jnp.int8) != (scale is not None) or scale is not None and scale.shape != (E, F):
+      raise ValueError(f'adapted_swiglu: {name} is {w.dtype} {w.shape} with '
+                       f'{"no scale" if scale is None else f"a scale {scale.shape}"}; int8 alone needs one, [{E}, {F}]')
     if a.shape[:2] != (E, D) or b.shape != (E, a.shape[-1], F):
       raise ValueError(f'adapted_swiglu: {name} {w.shape} needs a pair [{E}, {D}, A] and [{E}, A, {F}], got {a.shape} '
                        f'and {b.shape}')
@@ -65,7 +71,7 @@ def adapted_swiglu(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, 
       weight_NK.shape != expert_NK.shape):
     raise ValueError(f'adapted_swiglu: x {x_ND.shape}, experts {expert_NK.shape}, weights {weight_NK.shape}, gate_up '
                      f'{gate_up[0].shape} and down {down[0].shape} do not fit')
-  gate_up, down = ((jax.lax.stop_gradient(w), a, b) for w, a, b in (gate_up, down))
+  gate_up, down = ((jax.lax.stop_gradient(w), a, b, jax.lax.stop_gradient(s)) for w, a, b, s in (gate_up, down))
   if dispatch.choose('adapted_swiglu', implementation) == 'reference':
     return reference.adapted_swiglu(x_ND, expert_NK, weight_NK, gate_up, down)
   return _adapted(x_ND, expert_NK, weight_NK, gate_up, down)
@@ -126,11 +132,12 @@ def _adapted_fwd(x_ND, expert_NK, weight_NK, gate_up, down):
 def _adapted_bwd(saved, dy_ND):
   backward = _adapted_named('backward', adapted.swiglu_bwd, *saved[:4])
   dx_ND, dweight_NK, dgate_up_a, dgate_up_b, ddown_a, ddown_b = backward(*saved, dy_ND)
-  return dx_ND, None, dweight_NK, (None, dgate_up_a, dgate_up_b), (None, ddown_a, ddown_b)
+  return dx_ND, None, dweight_NK, (None, dgate_up_a, dgate_up_b, None), (None, ddown_a, ddown_b, None)
 
 
 def _adapted_named(direction, fn, x_ND, weight_NK, gate_up, down):
-  return _named(direction, fn, x_ND, weight_NK, down[0], 'adapted_swiglu', G=gate_up[1].shape[2], A=down[1].shape[2])
+  return _named(direction, fn, x_ND, weight_NK, down[0], 'adapted_swiglu', G=gate_up[1].shape[2], A=down[1].shape[2],
+                stored=down[0].dtype.itemsize)
 
 
 _adapted.defvjp(_adapted_fwd, _adapted_bwd)

@@ -5,6 +5,10 @@ In a tile the pair is two thin products more, so neither W + A B nor the gradien
 2048 -> 2 x 768 -> 2048 the float32 gradient of one layer would be 2.4 GB and a third of the step's products. In
 bfloat16 the sum would also round away whatever is smaller than 1/256 of a weight.
 
+W may be in 8 bits with a scale for each expert and output channel. A tile reads its expert's bytes, takes them in the
+dtype of its rows and multiplies the product by the scales (the gradient of x: what comes in), so a float copy is as
+large as one expert's matrix.
+
 N rows, K picks of a row, M = N K picks, D features, F hidden features, E experts, R picks of a tile, A rank.
 """
 import jax.numpy as jnp
@@ -13,16 +17,21 @@ from pallas_kernels.grouped_matmul.routed import activate, activated, combine, s
 from pallas_kernels.grouped_matmul.xla import dot, for_tiles, read, write
 
 
-def times(x_RI, e, w_EIO, a_EIA, b_EAO):
-  """(x W + (x A) B in float32, x A as the gradient of B reads it) for the rows of expert e."""
+def times(x_RI, e, w_EIO, a_EIA, b_EAO, scale_EO):
+  """(x W + (x A) B in float32, x A as the gradient of B reads it) for the rows of expert e. scale_EO: None, or W is
+  int8."""
   low_RA = dot('RI,IA->RA', x_RI, a_EIA[e]).astype(x_RI.dtype)
-  return dot('RI,IO->RO', x_RI, w_EIO[e]) + dot('RA,AO->RO', low_RA, b_EAO[e]), low_RA
+  y_RO = dot('RI,IO->RO', x_RI, w_EIO[e].astype(x_RI.dtype))
+  if scale_EO is not None:
+    y_RO *= scale_EO[e]
+  return y_RO + dot('RA,AO->RO', low_RA, b_EAO[e]), low_RA
 
 
-def back(dy_RO, e, w_EIO, a_EIA, b_EAO):
+def back(dy_RO, e, w_EIO, a_EIA, b_EAO, scale_EO):
   """(gradient of x in float32, that of x A) from the gradient of `times`."""
   low_RA = dot('RO,AO->RA', dy_RO, b_EAO[e]).astype(dy_RO.dtype)
-  return dot('RO,IO->RI', dy_RO, w_EIO[e]) + dot('RA,IA->RI', low_RA, a_EIA[e]), low_RA
+  by_w_RO = dy_RO if scale_EO is None else (dy_RO * scale_EO[e]).astype(dy_RO.dtype)
+  return dot('RO,IO->RI', by_w_RO, w_EIO[e].astype(dy_RO.dtype)) + dot('RA,IA->RI', low_RA, a_EIA[e]), low_RA
 
 
 def swiglu_fwd(x_ND, expert_NK, weight_NK, gate_up, down):
@@ -68,7 +77,7 @@ def swiglu_bwd(x_ND, weight_NK, gate_up, down, saved, dy_ND):
     dgate_up_b = add(dgate_up_b, e, 'RA,RF->AF', dot('RD,DA->RA', x_RD, gate_up[1][e]).astype(dtype), dh_RF2)
     return dx_MD, dweight_M1, dgate_up_a, dgate_up_b, ddown_a, ddown_b
 
-  pairs = *gate_up[1:], *down[1:]
+  pairs = *gate_up[1:3], *down[1:3]
   start = (jnp.zeros((M, x_ND.shape[1]), dtype), jnp.zeros((M, 1), jnp.float32),
            *(jnp.zeros(p.shape, jnp.float32) for p in pairs))
   dx_MD, dweight_M1, *dpairs = for_tiles(M, order.sizes_E, body, start)

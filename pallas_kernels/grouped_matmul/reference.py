@@ -31,5 +31,7 @@ def routed_swiglu(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD):
 
 
 def adapted_swiglu(x_ND, expert_NK, weight_NK, gate_up, down):
-  merged = lambda w, a, b: w.astype(jnp.float32) + einsum('EIA,EAO->EIO', a, b)
+  def merged(w, a, b, scale):
+    w = w.astype(jnp.float32)
+    return (w if scale is None else w * scale[:, None]) + einsum('EIA,EAO->EIO', a, b)
   return routed_swiglu(x_ND, expert_NK, weight_NK, merged(*gate_up), merged(*down))

@@ -102,10 +102,12 @@ def test_adapters_save_the_gradients_of_what_is_frozen():
   """On experts of rank 0 a third of their products; with everything adapted the step costs what is counted by hand: of
   every matrix product 2 of 3, of the head too, and of each pair 3, of those of experts one more to form x A again."""
   rules = costs.rules(keye_vl_2_30b_a3b.model())
-  dims, none = dict(N=4096, D=2048, E=128, F=768, K=8, width=2), dict(G=0, A=0)
+  dims, none = dict(N=4096, D=2048, E=128, F=768, K=8, width=2), dict(G=0, A=0, stored=2)
   flops = lambda name, **more: rules[name](**dims, **more).flops
   assert flops('adapted_swiglu_forward', **none) == flops('routed_swiglu_forward')
   assert flops('adapted_swiglu_backward', **none) == flops('routed_swiglu_backward') / 2
+  read = [rules['adapted_swiglu_forward'](**dims, G=0, A=0, stored=stored).bytes for stored in (2, 1)]
+  assert read[0] - read[1] == (4096 * 8 / 512 + 128) * 3 * 2048 * 768           # a byte a weight less in every tile
 
   tokens, rank = 4096, 16
   model = dataclasses.replace(keye_vl_2_30b_a3b.model(), attention='dense', experts_transport='local', remat='none')

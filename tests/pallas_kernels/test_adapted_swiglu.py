@@ -51,6 +51,28 @@ def test_one_matrix_may_have_no_pair():
   check('xla', np.random.default_rng(2).integers(0, E, (41, 2)), (3, 0))
 
 
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+def test_matrices_in_8_bits_are_those_times_their_scale(implementation):
+  """Values and gradients, one matrix in 8 bits with a pair and one without, against those of the float matrices."""
+  rng = np.random.default_rng(3)
+  x, weight, _, _, dy = map(jnp.float32, routed_inputs(41))
+  expert = jnp.asarray(rng.permuted(np.tile(np.arange(-1, E + 1), (41, 1)), axis=1)[:, :2], jnp.int32)
+  q1, q2 = (jnp.asarray(rng.integers(-127, 128, s), jnp.int8) for s in ((E, D, 2 * F), (E, F, D)))
+  s1, s2 = (jnp.float32(rng.uniform(1e-3, 6e-3, s)) for s in ((E, 2 * F), (E, D)))
+  a1, b1, a2, b2 = map(jnp.float32, pairs((3, 0)))
+
+  @functools.partial(jax.jit, static_argnums=4)
+  def run(x, weight, one, two, eight):
+    pair = lambda q, s, a, b: (q, a, b, s) if eight else (q * s[:, None], a, b)
+    f = lambda x, weight, one, two: adapted_swiglu(x, expert, weight, pair(q1, s1, *one), pair(q2, s2, *two),
+                                                   implementation)
+    y, vjp = jax.vjp(f, x, weight, one, two)
+    return y, vjp(dy)
+
+  got, expected = (run(x, weight, (a1, b1), (a2, b2), eight) for eight in (True, False))
+  jax.tree.map(assert_close, got, expected)
+
+
 def test_bfloat16():
   x, weight, gate_up, down, _, *rest = [np.asarray(jnp.bfloat16(a), np.float64) for a in (*routed_inputs(41), *pairs())]
   a1, b1, a2, b2 = rest
@@ -69,5 +91,9 @@ def test_shapes_that_do_not_fit_are_named():
   expert = jnp.zeros((8, 2), jnp.int32)
   with pytest.raises(ValueError, match=r'gate_up \(4, 12, 16\) needs a pair \[4, 12, A\] and \[4, A, 16\], got'):
     adapted_swiglu(x, expert, weight, (gate_up, a2, b1), (down, a2, b2))
+  with pytest.raises(ValueError, match=r'gate_up is int8 \(4, 12, 16\) with no scale; int8 alone needs one, \[4, 16\]'):
+    adapted_swiglu(x, expert, weight, (jnp.int8(gate_up), a1, b1), (down, a2, b2))
+  with pytest.raises(ValueError, match=r'down is float32 \(4, 8, 12\) with a scale \(4, 12\)'):
+    adapted_swiglu(x, expert, weight, (gate_up, a1, b1), (down, a2, b2, jnp.ones((E, D))))
   with pytest.raises(ValueError, match=r'x \(8, 12\), experts \(8, 2\), weights \(8, 1\)'):
     adapted_swiglu(x, expert, weight[:, :1], (gate_up, a1, b1), (down, a2, b2))
