@@ -3,7 +3,8 @@
 `configs/layouts.py:stage3_v5p_4x4x8` is stage 3 (262,144 tokens a row) on v5p:4x4x8; `docs/scale.md` says which of them
 fit. Lengths are those of arXiv 2606.10651, what is trained is that of `configs/pretrain.py` and `configs/sft.py`.
 A step is 8 M tokens (the paper gives no batch; the warm-up's 2 M are those of DeepSeek-V3.2), cut into micro-batches of
-one row for each group of devices that holds a row. Parameters and optimizer are float32, computation bfloat16.
+one row for each group of devices that holds a row. Parameters and optimizer are float32, computation bfloat16. The
+step of `rl`, on responses of the policy, is planned by `keye plan --what rl`.
 
 Batches are text: `keye plan` says so too. With images, add --config.data.vision_rows and --config.data.vision_patches.
 """
@@ -21,6 +22,10 @@ class Stage(NamedTuple):
   attention: str
   freeze: tuple[str, ...] = ()
   step: int = 1 << 23          # tokens
+  rate: float = 2e-5
+  indexer_rate: float = 1e-3
+  balance: float = 0.001
+  responses: int = 0           # in a row at most
 
 
 STAGES = {
@@ -29,6 +34,12 @@ STAGES = {
     'warmup': Stage('stage3', 262144, 'warmup', ONLY_INDEXERS, 1 << 21),
     'stage3': Stage('stage3', 262144, 'sparse'),
     'sft': Stage('stage2', 65536, 'sparse'),
+    # Vision tower and projector frozen: arXiv 2606.10651, Video-RL, which gives neither length, batch, group nor rate.
+    # A row is a prompt with its group of 16 responses, branches behind it, in SFT's 64K tokens; 128 prompts a step. The
+    # model's rate is that of DeepSeekMath (arXiv 2402.03300 section 4.2), the indexer's ten times as much, about the
+    # ratio of `configs/sft.py:30b`, so that it keeps following. The router is not balanced any more.
+    'rl': Stage('stage2', 65536, 'sparse', ('vision', 'projector'), rate=1e-6, indexer_rate=1e-5, balance=0.0,
+                responses=16),
 }
 
 # (data, context, expert). Rows lie over data x expert, tokens of a row over context. Where the torus allows it an axis
@@ -50,10 +61,12 @@ def layout(stage: Stage, where: str) -> RunConfig:
   mesh, rows = MeshConfig(*MESHES[where][stage.like]), stage.step // stage.tokens
   model = dataclasses.replace(keye_vl_2_30b_a3b.model(), param_dtype='float32', layout='train',
                               attention=stage.attention)
-  return RunConfig(model=model, mesh=mesh, optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=100),
-                   data=DataConfig(tokens=stage.tokens, workers=16),
+  return RunConfig(model=model, mesh=mesh,
+                   optimizer=OptimizerConfig(learning_rate=stage.rate, indexer_learning_rate=stage.indexer_rate,
+                                             warmup_steps=100),
+                   data=DataConfig(tokens=stage.tokens, samples=stage.responses, workers=16),
                    train=TrainConfig(steps=60000, batch=rows, accumulate=rows // (mesh.data * mesh.expert),
-                                     balance_rows=True, freeze=stage.freeze))
+                                     balance_rows=True, freeze=stage.freeze, balance_weight=stage.balance))
 
 
 def get_config(variant: str = ''):

@@ -43,3 +43,15 @@ class Batch(NamedTuple):
   patch_BRNC: np.ndarray     # uint8
   coord_BRN4: np.ndarray     # int32
   frame_BRN: np.ndarray      # int32, frame number inside the vision row, 0 = padding
+
+
+class PolicyBatch(NamedTuple):
+  """Rows with responses that a policy sampled, and what learning from them needs. M responses of a row at most.
+
+  A response lies in one row whole: a sample of its own behind its prompt, or a branch of a sample that is the prompt.
+  What is not the policy's own choice (the prompt, what a tool said) belongs to none. `batch.weight_BT` is not read.
+  """
+  batch: Batch
+  old_logp_BT: np.ndarray    # float32, log-probability (nats) of each target under the policy that sampled it
+  sequence_BT: np.ndarray    # int32, which of the row's responses the target belongs to, 0 to M - 1; -1 = none
+  advantage_BM: np.ndarray   # float32, of each response; an absent one has no token

@@ -14,6 +14,8 @@ from keye_jax.config import ModelConfig, RunConfig, TextConfig
 from keye_jax.hf import siglip
 from keye_jax.nn import contrast, counts, keye, lora
 from keye_jax.nn.model import init_params, param_shapes
+from keye_jax.objectives.common import Objective
+from keye_jax.objectives.policy import gspo
 from keye_jax.objectives.sft import sft
 from keye_jax.objectives.siglip import siglip as siglip_loss
 from keye_jax.steps import state as state_lib
@@ -37,12 +39,24 @@ class Programs(NamedTuple):
 
 def programs(config: RunConfig) -> Programs:
   model, train = config.model, config.train
-  tx = make_optimizer(config.optimizer)
   if model.contrast:
-    objective, apply = siglip_loss(model.layout), functools.partial(contrast.apply, model, config.data.samples)
-  else:
-    objective = sft(model.layout, train.balance_weight, train.indexer_weight)
-    apply = lambda params, batch: keye.apply(model, lora.scaled(config.lora, params), batch)
+    return _programs(config, siglip_loss(model.layout), functools.partial(contrast.apply, model, config.data.samples))
+  objective = sft(model.layout, train.balance_weight, train.indexer_weight)
+  apply = lambda params, batch: keye.apply(model, lora.scaled(config.lora, params), batch)
+  return _programs(config, objective, apply)
+
+
+def policy_programs(config: RunConfig) -> Programs:
+  """Those of learning from a policy's own responses, by GSPO: each batch is a `PolicyBatch`."""
+  model, train = config.model, config.train
+  objective = gspo(model.layout, train.balance_weight, train.indexer_weight)
+  apply = lambda params, rows: keye.apply(model, lora.scaled(config.lora, params), rows.batch)
+  return _programs(config, objective, apply)
+
+
+def _programs(config: RunConfig, objective: Objective, apply: Callable[[Any, Any], Any]) -> Programs:
+  model, train = config.model, config.train
+  tx = make_optimizer(config.optimizer)
   update = make_update(apply, objective, tx, train.accumulate)
 
   def around(params, key):

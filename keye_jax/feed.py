@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from data_pipelines.errors import InputError
-from data_pipelines.schema import BRANCH_BITS, Batch
+from data_pipelines.schema import BRANCH_BITS, Batch, PolicyBatch
 from keye_jax import balance, sharding
 from keye_jax.config import RunConfig
 from keye_jax.nn import counts
@@ -47,15 +47,19 @@ def even(config: RunConfig, batch: Batch, parts: int) -> Batch:
   return Batch(*(leaf[order_B] for leaf in batch))
 
 
-def place(layout: str, batch: Batch, index: int, count: int) -> Batch:
+def place(layout: str, batch: Batch | PolicyBatch, index: int, count: int) -> Batch | PolicyBatch:
   """`batch`, part `index` of `count`, as arrays of the whole batch, tokens in zig-zag; a copy to the default device
   without a mesh. Raises InputError when the tokens or vision rows of a row do not divide over the mesh."""
   if not sharding.has_mesh():
     return jax.device_put(batch)
-  check(layout, batch.token_BT.shape[1], batch.frame_BRN.shape[1])
-  old_T = zigzag(batch.token_BT.shape[1], sharding.extent(layout, 'seq'))
+  tokens = batch.batch if isinstance(batch, PolicyBatch) else batch
+  T = tokens.token_BT.shape[1]
+  check(layout, T, tokens.frame_BRN.shape[1])
+  old_T = zigzag(T, sharding.extent(layout, 'seq'))
 
-  def one(name: str, local: np.ndarray) -> jax.Array:
+  def one(name: str, local: np.ndarray | Batch) -> jax.Array | Batch:
+    if isinstance(local, Batch):
+      return each(local)
     first = index * len(local)
     if '_BT' in name and old_T is not None:
       local = local[:, old_T]
@@ -65,7 +69,10 @@ def place(layout: str, batch: Batch, index: int, count: int) -> Batch:
       rows = index[0].indices(len(local) * count)
       return local[(slice(rows[0] - first, rows[1] - first), *index[1:])]
     return jax.make_array_from_callback((len(local) * count, *local.shape[1:]), where, read)
-  return Batch(*(one(name, leaf) for name, leaf in zip(Batch._fields, batch)))
+
+  def each(batch):
+    return type(batch)(*(one(name, leaf) for name, leaf in zip(batch._fields, batch)))
+  return each(batch)
 
 
 def check(layout: str, T: int, R: int) -> None:

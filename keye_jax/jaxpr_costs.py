@@ -8,7 +8,7 @@ device's own.
 """
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
@@ -65,6 +65,16 @@ def implementations(jaxpr: Jaxpr, rules: Mapping[str, Rule]) -> dict[str, set[tu
       for name, how in implementations(inner, rules).items():
         found.setdefault(name, set()).update(how)
   return found
+
+
+def once(params: Mapping[str, Any]) -> bool:
+  """Whether a `while` runs at most one round: it goes on while a flag of its carry is set, and the round clears it."""
+  cond, body = params['cond_jaxpr'].jaxpr, params['body_jaxpr'].jaxpr
+  goes_on, carry = cond.outvars[0], list(cond.invars)[params['cond_nconsts']:]
+  if goes_on not in carry:
+    return False
+  after = body.outvars[carry.index(goes_on)]
+  return isinstance(after, Literal) and not after.val
 
 
 def ruled(eqn, rules: Mapping[str, Rule]) -> tuple[str, dict[str, int]] | None:
@@ -140,6 +150,8 @@ class Walk(NamedTuple):
       return plus(times(cost, params['length']), Cost(bytes=sum(map(self.bytes, ends))))
     if name == 'cond':
       return max((self.closed(b) for b in params['branches']), key=lambda c: (c.flops, c.bytes))
+    if name == 'while' and once(params):
+      return self.closed(params['body_jaxpr'])
     what = 'loop without a known length' if name == 'while' else 'Pallas kernel'
     raise ValueError(f'a {what} outside of any op that has a cost rule: {eqn.source_info.name_stack}')
 

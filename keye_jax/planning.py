@@ -1,6 +1,6 @@
 """What a run would need of devices that are not here: its real programs, compiled ahead of time for them.
 
-The training step is that of `begin.programs`, the others those of `rollout/sampler.py`, on arrays that have shapes and
+The training steps are those of `begin.py`, the others those of `rollout/sampler.py`, on arrays that have shapes and
 shardings and no content. The caller has set the mesh of the absent devices (`sharding.use_mesh`).
 """
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from data_pipelines.errors import InputError
-from data_pipelines.schema import Batch
+from data_pipelines.schema import Batch, PolicyBatch
 from keye_jax import begin, feed, jaxpr_costs, sharding, temporaries
 from keye_jax.chips import CHIPS, Chip
 from keye_jax.config import RunConfig
@@ -23,7 +23,8 @@ from keye_jax.rollout import sampler
 from pallas_kernels import dispatch
 from pallas_kernels.dsa_attention import implementation_of
 
-WHATS = ('train', 'prefill', 'decode')
+STEPS = ('train', 'rl')        # with a gradient and an optimizer
+WHATS = (*STEPS, 'prefill', 'decode')
 
 
 def batch_shapes(config: RunConfig) -> Batch:
@@ -37,11 +38,22 @@ def batch_shapes(config: RunConfig) -> Batch:
                 order_BT=(B, T), vision_BT=(B, T), patch_BRNC=(B, R, N, v.patch_dim), coord_BRN4=(B, R, N, 4),
                 frame_BRN=(B, R, N))
   dtypes = {'weight_BT': 'float32', 'patch_BRNC': 'uint8'}
+  return Batch(**{name: _batched(config, name, shape, dtypes.get(name, 'int32')) for name, shape in shapes.items()})
 
-  def one(name, shape):
-    spec = sharding.spec(config.model.layout, *sharding.batch_axes(name, len(shape)))
-    return jax.ShapeDtypeStruct(shape, dtypes.get(name, 'int32'), sharding=_on_mesh(spec))
-  return Batch(**{name: one(name, shape) for name, shape in shapes.items()})
+
+def policy_shapes(config: RunConfig) -> PolicyBatch:
+  """The same with responses: `data.samples` of a row at most."""
+  B, T, M = config.train.batch, config.data.tokens, config.data.samples
+  if not M:
+    raise InputError('--what rl needs data.samples, the most responses in a row')
+  one = functools.partial(_batched, config)
+  return PolicyBatch(batch_shapes(config), one('old_logp_BT', (B, T), 'float32'), one('sequence_BT', (B, T), 'int32'),
+                     one('advantage_BM', (B, M), 'float32'))
+
+
+def _batched(config: RunConfig, name: str, shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
+  spec = sharding.spec(config.model.layout, *sharding.batch_axes(name, len(shape)))
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=_on_mesh(spec))
 
 
 class Program(NamedTuple):
@@ -53,12 +65,13 @@ class Program(NamedTuple):
 
 
 def traced(config: RunConfig, what: str = 'train') -> Program:
-  """`what` of a run: its training step; or on its batch the prefill, or one decoding step with caches of its length,
-  both with bfloat16 weights in the layout 'decode'."""
+  """`what` of a run: its training step, supervised or ('rl') on a policy's responses; or on its batch the prefill, or
+  one decoding step with caches of its length, both with bfloat16 weights in the layout 'decode'."""
   key = jax.eval_shape(lambda: jax.random.key(0))
-  if what == 'train':
-    made = begin.programs(config)
-    state, batch = jax.tree.map(_placed, jax.eval_shape(made.fresh, key)), batch_shapes(config)
+  if what in STEPS:
+    made, shapes = ((begin.programs, batch_shapes) if what == 'train' else (begin.policy_programs, policy_shapes))
+    made, batch = made(config), shapes(config)
+    state = jax.tree.map(_placed, jax.eval_shape(made.fresh, key))
     # `update` is a plain function around the jitted step; the frozen parameters it hands on are donated too here, which
     # changes no byte: they are an argument, and the same buffer is a result.
     trace = jax.jit(made.update, donate_argnums=0).trace(state, batch, made.rates(0))
@@ -99,7 +112,7 @@ def plan(config: RunConfig, chip: Chip, efficiency: float, what: str = 'train') 
   cost = jaxpr_costs.of_program(jaxpr, mesh, program.rules)
   sizes = {name: _bytes(tree) for name, tree in program.parts.items()}
   found, largest = memory(program.trace, chip)
-  return {'what': what, 'mesh': mesh, 'layout': config.model.layout if what == 'train' else 'decode',
+  return {'what': what, 'mesh': mesh, 'layout': config.model.layout if what in STEPS else 'decode',
           'batch': described(config, what), 'bytes': sizes | found, 'largest': largest, 'ops': ops,
           **roofline(cost, program.model_flops / math.prod(mesh.values()), chip, efficiency, mesh)}
 
@@ -194,7 +207,7 @@ def described(config: RunConfig, what: str) -> str:
     return f'{t.batch} rows, one new token each, caches of {d.tokens:,} tokens'
   patches = d.vision_rows * d.vision_patches
   media = f'{patches:,} patches a row' if patches else 'text only, no image'
-  parts = f', in {t.accumulate} micro-batches' if t.accumulate > 1 and what == 'train' else ''
+  parts = f', in {t.accumulate} micro-batches' if t.accumulate > 1 and what in STEPS else ''
   return f'{t.batch} rows of {d.tokens:,} tokens, one sample a row, {media}{parts}'
 
 

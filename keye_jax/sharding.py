@@ -77,8 +77,10 @@ def constrain_batch(batch, layout: str):
 
 
 def batch_axes(name: str, ndim: int) -> tuple[str | None, ...]:
-  """Logical axes of an array of a `Batch`, from its name: tokens `_BT...` or vision rows `_BRN...`."""
-  return ('batch', 'seq' if '_BT' in name else 'frames') + (None,) * (ndim - 2)
+  """Logical axes of an array of a `Batch` or `PolicyBatch`, from its name: tokens `_BT...`, vision rows `_BRN...`, or
+  neither."""
+  second = name.rpartition('_')[2][1]
+  return ('batch', {'T': 'seq', 'R': 'frames'}.get(second)) + (None,) * (ndim - 2)
 
 
 def like(x: jax.Array, other: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import time
@@ -200,13 +201,27 @@ def record(tasks, found, dsa, args, peer_versions: dict) -> dict:
       'versions': versions() | peer_versions, 'n': args.rounds,
       'baselines': {k: flat(v) for k, v in sides.items() if k != 'keye_jax'},
       'arms': {k: {'0': flat(v)} for k, v in sides.items() if k == 'keye_jax'},
-      'ratios of medians': ratios, 'floors': {t.name: t.floor for t in tasks},
+      'share of one large product': shares(tasks, found), 'ratios of medians': ratios,
+      'floors': {t.name: t.floor for t in tasks},
       'intervals': {},
       'rounds': {name: {'seconds': r.seconds, 'probe seconds': r.probe, 'cores of others': r.others}
                  for name, r in found.items()},
       'void': void, 'dsa': dsa,
       'verdict': 'shown' if whole and not void and not short else 'not shown', 'why': why,
   }
+
+
+def shares(tasks: Sequence[Task], found) -> dict[str, dict[str, float]]:
+  """{task: {side: FLOP/s of its products, over those of the fixed product between the rounds}}; medians. 1 over the
+  peer's is what no implementation can exceed as a ratio, were everything but the products free."""
+  from launch import bench_model
+  from launch.bench_timing import PROBE_FLOPS
+  out = {}
+  for t in tasks:
+    if work := bench_model.flops(bench_model.MODEL, t.kind, t.tokens):
+      seconds, probe = found[t.name].seconds, statistics.median(found[t.name].probe)
+      out[t.name] = {side: work / statistics.median(s) * probe / PROBE_FLOPS for side, s in seconds.items()}
+  return out
 
 
 def commit() -> str:
@@ -234,7 +249,8 @@ def table(out: dict) -> str:
   for name in out['rounds']:
     cells = [f'{side} {found[f"{name}, median tokens/s"]:.0f} (best {found[f"{name}, best tokens/s"]:.0f})'
              for side, found in [*((k, v['0']) for k, v in out['arms'].items()), *out['baselines'].items()]]
-    ratio = out['ratios of medians'].get(name)
+    ratio, share = out['ratios of medians'].get(name), out['share of one large product'].get(name, {})
+    cells += [f'products at {", ".join(f"{s:.0%}" for s in share.values())} of one large one'] * bool(share)
     lines.append(f'{name:<18} {"  ".join(cells)} tokens/s' + (f'  x {ratio:.2f}' if ratio else '') +
                  (f'  VOID: {out["void"][name]}' if name in out['void'] else ''))
   for name, row in (out['dsa'] or {}).get('seconds', {}).items():

@@ -11,7 +11,7 @@ import numpy as np
 
 from data_pipelines.schema import Batch
 from keye_jax.config import IndexerConfig, ModelConfig, OptimizerConfig, TextConfig
-from keye_jax.nn import head, keye
+from keye_jax.nn import counts, head, keye
 from keye_jax.objectives.sft import sft
 from keye_jax.rollout import sampler
 from keye_jax.steps import state
@@ -48,6 +48,14 @@ def text_batch(config: ModelConfig, tokens: int, seed: int = 0) -> Batch:
       token_BT, np.roll(token_BT, -1, 1), np.ones((1, tokens), np.float32), np.repeat(place_BT[..., None], 3, 2),
       np.full((1, tokens), 1 << 8, np.int32), place_BT, np.full((1, tokens), -1, np.int32),
       np.zeros((1, 0, 0, config.vision.patch_dim), np.uint8), np.zeros((1, 0, 0, 4), np.int32), none))
+
+
+def flops(config: ModelConfig, kind: str, tokens: int) -> float:
+  """Matrix products of a prefill up to the last token's logits, or of a training step; 0 for decoding, which waits for
+  memory."""
+  part = counts.flops_per_token(config, tokens)
+  each = part['layers'] + part['attention']
+  return {'prefill': tokens * each + part['head'], 'train': 3 * tokens * (each + part['head'])}.get(kind, 0.0)
 
 
 @functools.partial(jax.jit, static_argnums=0)

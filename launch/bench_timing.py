@@ -16,9 +16,13 @@ def timed(fn: Callable, *args, calls: int = 1) -> tuple[float, object]:
   return (time.perf_counter() - start) / calls, out
 
 
+PROBE = 1024             # rows and columns of the fixed matrix product
+PROBE_FLOPS = 2 * PROBE ** 3
+
+
 def probe() -> Callable[[], float]:
   """Best of five of a fixed matrix product (seconds), which shows whether the machine keeps its speed."""
-  a = jnp.ones((1024, 1024))
+  a = jnp.ones((PROBE, PROBE))
   product = jax.jit(lambda a: a @ a)
   jax.block_until_ready(product(a))
   return lambda: min(timed(product, a)[0] for _ in range(5))

@@ -2,6 +2,7 @@
 from typing import Any
 
 from keye_jax.config import RunConfig
+from keye_jax.planning import STEPS
 
 GIB = 2**30
 
@@ -10,7 +11,7 @@ def advice(config: RunConfig, found: dict[str, Any]) -> list[str]:
   """One line a remedy when the plan does not fit, and what its numbers leave out."""
   lines = []
   if not found['bytes']['fits']:
-    lines += training(config, found) if found['what'] == 'train' else generation(config, found)
+    lines += training(config, found) if found['what'] in STEPS else generation(config, found)
   if config.model.vision.layers and not config.data.vision_rows:
     lines.append('no image is in the planned batch: --config.data.vision_rows and --config.data.vision_patches add '
                  'them')

@@ -111,16 +111,18 @@ def front(flag: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.argsort(~flag, axis=-1, stable=True).astype(jnp.int32), flag.sum(-1, dtype=jnp.int32)
 
 
-def logits(q_GNK, k_GSK, mask_TS, scale) -> jax.Array:
-  """Masked float32 attention logits [G, N, S].
+def bias(mask_TS) -> jax.Array:
+  """What is added to a logit: nothing, or NEG_INF, beside which it vanishes. A choice by the mask would be made again,
+  broken into bits, for every head and in every loop that XLA fuses it into (7 times as long on a CPU)."""
+  return jnp.where(mask_TS, 0, NEG_INF).astype(jnp.float32)
 
-  What is masked is pushed down by adding NEG_INF, beside which a logit vanishes: a choice by the mask would be made
-  again, broken into bits, for every head and in every loop that XLA fuses it into (7 times as long on a CPU).
-  """
+
+def logits(q_GNK, k_GSK, bias_TS, scale) -> jax.Array:
+  """Masked float32 attention logits [G, N, S]."""
   x_GNS = dot('GNK,GSK->GNS', q_GNK, k_GSK) * scale
   G, N, S = x_GNS.shape
-  T = mask_TS.shape[0]
-  return (x_GNS.reshape(G, N // T, T, S) + jnp.where(mask_TS, 0, NEG_INF)).reshape(G, N, S)
+  T = bias_TS.shape[0]
+  return (x_GNS.reshape(G, N // T, T, S) + bias_TS).reshape(G, N, S)
 
 
 def attend(q_GNK, k_PGSK, v_PGSK, tile_P, count, mask: Callable, scale) -> tuple[jax.Array, jax.Array]:
@@ -133,7 +135,7 @@ def attend(q_GNK, k_PGSK, v_PGSK, tile_P, count, mask: Callable, scale) -> tuple
   def step(i, carry):
     m_GN, l_GN, acc_GNK = carry
     p = tile_P[i]
-    x_GNS = logits(q_GNK, k_PGSK[p], mask(p), scale)
+    x_GNS = logits(q_GNK, k_PGSK[p], bias(mask(p)), scale)
     new_GN = jnp.maximum(m_GN, x_GNS.max(-1))
     w_GNS, fade_GN = jnp.exp(x_GNS - new_GN[..., None]), jnp.exp(m_GN - new_GN)
     acc_GNK = acc_GNK * fade_GN[..., None] + dot('GNS,GSK->GNK', w_GNS, v_PGSK[p])
@@ -151,15 +153,15 @@ def finish(m_GN, l_GN, acc_GNK) -> tuple[jax.Array, jax.Array]:
           jnp.where(seen_GN, m_GN + jnp.log(l_GN), NEG_INF))
 
 
-def probabilities(q_GNK, k_GSK, lse_GN, mask_TS, scale) -> jax.Array:
+def probabilities(q_GNK, k_GSK, lse_GN, bias_TS, scale) -> jax.Array:
   """Attention probabilities [G, N, S] from a finished log-sum-exp."""
   safe_GN = jnp.where(lse_GN > NEG_INF, lse_GN, 0)     # a query that sees nothing has probabilities 0, not exp(0)
-  return jnp.exp(logits(q_GNK, k_GSK, mask_TS, scale) - safe_GN[..., None])
+  return jnp.exp(logits(q_GNK, k_GSK, bias_TS, scale) - safe_GN[..., None])
 
 
-def gradients(q_GNK, k_GSK, v_GSK, lse_GN, delta_GN, do_GNK, mask_TS, scale):
+def gradients(q_GNK, k_GSK, v_GSK, lse_GN, delta_GN, do_GNK, bias_TS, scale):
   """(probabilities p_GNS, dq_GNK, dk_GSK, dv_GSK) of one tile, float32. delta is the sum of do * o over K."""
-  p_GNS = probabilities(q_GNK, k_GSK, lse_GN, mask_TS, scale)
+  p_GNS = probabilities(q_GNK, k_GSK, lse_GN, bias_TS, scale)
   dv_GSK = dot('GNS,GNK->GSK', p_GNS, do_GNK)
   dx_GNS = p_GNS * (dot('GNK,GSK->GNS', do_GNK, v_GSK) - delta_GN[..., None])
   return p_GNS, dot('GNS,GSK->GNK', dx_GNS, k_GSK) * scale, dot('GNS,GNK->GSK', dx_GNS, q_GNK) * scale, dv_GSK

@@ -8,6 +8,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from keye_jax import jaxpr_costs
 from keye_jax.jaxpr_costs import Cost
+from keye_jax.steps import update
 from pallas_kernels.equation import equation
 
 SIZES = {'data': 4, 'expert': 2}
@@ -32,6 +33,11 @@ def test_a_scan_counts_its_length_and_a_branch_its_larger_side():
   product = (2 * 16 * 8 / 4 + 8 * 8) * 4                   # reads x, w, writes the result
   ends = (2 * 16 * 8 / 4 + 5 * 8 * 8) * 4
   assert got.bytes == pytest.approx(5 * 2 * product + 5 * 8 * 8 * 4 + ends, rel=0.02)       # and w once a scan
+
+
+def test_a_loop_of_at_most_one_round_counts_once():
+  got = cost(lambda x, w: update.when(x.sum() > 0, lambda x: x @ w, x), ((16, 8), P('data', None)), ((8, 8), P()))
+  assert got.flops == 2 * 16 * 8 * 8 / 4
 
 
 def test_gathered_weights_and_their_gradient():

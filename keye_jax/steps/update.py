@@ -69,8 +69,7 @@ def make_update(apply: Callable[[Any, Any], Any], objective: Objective, tx: opta
       changes, opt = tx.update(rounding.float32(grads), opt, train, rates=rates, norms=norms)
       return rounding.apply_updates(train, changes, jax.random.fold_in(rng, count)), opt
 
-    # A branch, not a choice between old and new values: that would copy the optimizer state to keep both.
-    train, opt = jax.lax.cond(ok, take, lambda train, opt, grads: (train, opt), train, opt, grads)
+    train, opt = when(ok, lambda both: take(*both, grads), (train, opt))
     one = jnp.float32(1)
     metrics = metrics | {GRADIENT_NORM[group]: (norm, one) for group, norm in norms.items()}
     metrics = jax.tree.map(lambda m: jnp.where(ok, m, 0).astype(jnp.float32), metrics)
@@ -84,6 +83,15 @@ def make_update(apply: Callable[[Any, Any], Any], objective: Objective, tx: opta
     return State(count, train, state.frozen, opt, rng), metrics
 
   return update
+
+
+def when(ok: jax.Array, fn: Callable[[Any], Any], value: Any) -> Any:
+  """fn(value) where `ok`, a scalar, else `value`: a loop of at most one round.
+
+  A choice between old and new values would copy the optimizer state to keep both, and XLA for CPUs runs the branches
+  of `lax.cond` on one core.
+  """
+  return jax.lax.while_loop(lambda carry: carry[0], lambda carry: (False, fn(carry[1])), (ok, value))[1]
 
 
 def make_measure(apply: Callable[[Any, Any], Any], objective: Objective) -> Callable[[Any, Any, Any], Metrics]:

@@ -67,7 +67,9 @@ def line(result: dict) -> str:
   limit = f' (limit {result["limit bytes"] / MIB:.0f})' if result['limit bytes'] else ''
   vmem = f', VMEM {result["vmem bytes"] / MIB:.1f}' if 'vmem bytes' in result else ''
   over = ' OVER THE LIMIT' if failed(result) else ''
-  return f'{where}{result["implementation"]:<4} {size} MiB{limit}{vmem}, compiled in {result["seconds"]} s{over}'
+  end = ''.join(f'\n  {name}: {k["registers"]} registers, {k["spill bytes"]} bytes spilled'
+                for name, k in result.get('gpu kernels', {}).items())
+  return f'{where}{result["implementation"]:<4} {size} MiB{limit}{vmem}, compiled in {result["seconds"]} s{over}{end}'
 
 
 def versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import time
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch
 from pallas_kernels.aot.programs import program
+from pallas_kernels.aot.registers import assembled
 from pallas_kernels.aot.rows import TARGETS, Row
 from pallas_kernels.aot.topology import devices
 
@@ -33,19 +35,22 @@ def compile_row(row: Row) -> dict:
     fn, arguments = program(row)
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(on, P()))
     local = jax.shard_map(fn, in_specs=P(), out_specs=P(), check_vma=False)
-    started = time.monotonic()
-    compiled = jax.jit(local).trace(*jax.tree.map(place, arguments)).lower().compile()
-    seconds = time.monotonic() - started
+    started, gpu = time.monotonic(), TARGETS[row.target][1] == 'cuda'
+    lowered = jax.jit(local).trace(*jax.tree.map(place, arguments)).lower()
+    with tempfile.TemporaryDirectory() as folder:
+      compiled = lowered.compile({'xla_dump_to': folder} if gpu else None)
+      seconds = time.monotonic() - started
+      found = {'gpu kernels': assembled(folder)} if gpu else kernels(compiled.as_text())
   memory = compiled.memory_analysis()
   return {'implementation': implementation, 'seconds': round(seconds, 1),
           'argument bytes': memory.argument_size_in_bytes, 'output bytes': memory.output_size_in_bytes,
-          'temp bytes': memory.temp_size_in_bytes, **kernels(compiled.as_text(), row.target)}
+          'temp bytes': memory.temp_size_in_bytes, **found}
 
 
-def kernels(text: str, target: str) -> dict:
-  """Number of Pallas kernels in a compiled program and the most on-chip memory that one of them takes."""
+def kernels(text: str) -> dict:
+  """Number of Pallas kernels in a program compiled for a TPU and the most on-chip memory that one of them takes."""
   calls = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
-  if TARGETS[target][1] != 'tpu' or not calls:
+  if not calls:
     return {}
   used = [int(n) for line in calls for n in re.findall(r'"used_scoped_memory_configs":\[\{[^]]*?"size":"(\d+)"', line)]
   return {'kernels': len(calls), **({'vmem bytes': max(used)} if used else {})}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.aot.rows import Row
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.dsa_attention import dsa_attention
+from pallas_kernels.dsa_decode import PAGE, Pages, dsa_decode
 from pallas_kernels.grouped_matmul import grouped_matmul, routed_swiglu
 from pallas_kernels.index_select import index_select
 from pallas_kernels.indexer_warmup import indexer_warmup
@@ -22,7 +23,7 @@ E, PICKS, D, F = 128, 8, 2048, 768
 def program(row: Row) -> tuple[Callable, list[jax.ShapeDtypeStruct]]:
   """(fn, its arguments). Backward is the gradient of all differentiable inputs, the forward pass it needs included;
   the cotangents are arguments."""
-  fn, floats, others = expert(row) if row.op in ('grouped_matmul', 'routed_swiglu') else attention(row)
+  fn, floats, others = PARTS.get(row.op, attention)(row)
   if row.direction == 'forward':
     return fn, [*floats, *others]
   n = len(floats)
@@ -54,6 +55,17 @@ def attention(row: Row):
   return lambda *x: differentiable(dsa_attention(*x, topk=TOPK)), [q, k, v, *index], places
 
 
+def decoding(row: Row):
+  """One new token of each sequence, index keys in 8 bits with a scale, as a server keeps them."""
+  B, N = row.length // row.shards, -(-row.length // PAGE)
+  shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype)
+  pool = lambda *s, dtype=jnp.bfloat16: shape(B * N, PAGE, *s, dtype=dtype)
+  pages = Pages(pool(G, K), pool(G, K), pool(J, dtype=jnp.float8_e4m3fn), pool(dtype=jnp.float32))
+  fn = lambda *x: dsa_decode(*x, topk=TOPK)
+  queries = [shape(B, 1, H, K), pages, shape(B, 1, I, J), shape(B, 1, I, dtype=jnp.float32)]
+  return fn, queries, [shape(B, N, dtype=jnp.int32), shape(B, dtype=jnp.int32)]
+
+
 def expert(row: Row):
   N = row.length // row.shards
   shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype)
@@ -62,3 +74,6 @@ def expert(row: Row):
   floats = [shape(N, D), shape(N, PICKS, dtype=jnp.float32), shape(E, D, 2 * F), shape(E, F, D)]
   fn = lambda x, weight, up, down, expert: routed_swiglu(x, expert, weight, up, down)
   return fn, floats, [shape(N, PICKS, dtype=jnp.int32)]
+
+
+PARTS = {'dsa_decode': decoding, 'grouped_matmul': expert, 'routed_swiglu': expert}

@@ -3,7 +3,10 @@ import importlib.util
 from typing import NamedTuple
 
 LENGTHS = (32768, 131072, 262144)
-OPS = ('index_select', 'dsa_attention', 'indexer_warmup', 'dense_attention', 'grouped_matmul', 'routed_swiglu')
+OPS = ('index_select', 'dsa_attention', 'dsa_decode', 'indexer_warmup', 'dense_attention', 'grouped_matmul',
+       'routed_swiglu')
+FORWARD_ONLY = 'index_select', 'dsa_decode'
+DECODED = 16             # sequences of dsa_decode, one query each
 DIRECTIONS = ('forward', 'backward')
 
 # Name of a target -> (package that holds its compiler, platform, name of a topology: topology.py). One device of it is
@@ -24,7 +27,7 @@ class Row(NamedTuple):
   op: str
   direction: str
   target: str
-  length: int              # keys (of expert ops: tokens)
+  length: int              # keys (of expert ops: tokens; of dsa_decode: keys of each sequence)
   shards: int              # queries are length / shards
 
   @property
@@ -46,9 +49,9 @@ def rows(ops=(), directions=(), targets=(), lengths=()) -> list[Row]:
     for op in ops or OPS:
       for length in lengths or LENGTHS:
         for direction in directions or DIRECTIONS:
-          if (op, direction) == ('index_select', 'backward'):     # a selection is not differentiated
+          if op in FORWARD_ONLY and direction == 'backward':
             continue
-          out.append(Row(op, direction, target, length, 1))
+          out.append(Row(op, direction, target, length, max(length // DECODED, 1) if op == 'dsa_decode' else 1))
           if (op, length) == (SHARDED_OP, SHARDED_LENGTH):
             out.append(Row(op, direction, target, length, SHARDS))
   return out

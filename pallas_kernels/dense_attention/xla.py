@@ -8,6 +8,7 @@ B batch, T query time, S key time, H query heads, G KV heads, N stacked queries 
 Q query tiles, P key tiles.
 """
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -49,13 +50,10 @@ def named(direction: str, causal: bool, fn, arrays):
 
 def _forward_all(causal, scale, q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS):
   T, H, G = q_BTHK.shape[1], q_BTHK.shape[2], k_BSGK.shape[2]
-  S = k_BSGK.shape[1]
-  small = is_small(T, S)
-  row = forward_one if small else forward_tiles
-  arrays = (tiles.stack_heads(q_BTHK, G), k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2),
-            q_segment_BT, k_segment_BS, q_order_BT, k_order_BS)
-  o_BGNK, lse_BGN = tiles.over_rows(functools.partial(row, causal=causal, scale=scale), arrays,
-                                    loop=not small or H * T * S >= tiles.MANY)
+  places = q_segment_BT, k_segment_BS, q_order_BT, k_order_BS
+  row, mask, loop = of_rows(T, H, k_BSGK.shape[1], places, causal, forward_one, forward_tiles)
+  arrays = (tiles.stack_heads(q_BTHK, G), k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2), *mask)
+  o_BGNK, lse_BGN = tiles.over_rows(functools.partial(row, scale=scale), arrays, loop)
   return tiles.unstack_heads(o_BGNK.astype(q_BTHK.dtype), T), tiles.unstack_heads(lse_BGN, T)
 
 
@@ -64,12 +62,11 @@ def _backward_all(causal, scale, q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment
   T, H, G, S = q_BTHK.shape[1], q_BTHK.shape[2], k_BSGK.shape[2], k_BSGK.shape[1]
   delta_BTH = (do_BTHK.astype(jnp.float32) * o_BTHK.astype(jnp.float32)).sum(-1)
   stack = functools.partial(tiles.stack_heads, G=G)
-  arrays = (stack(q_BTHK), k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2), q_segment_BT, k_segment_BS, q_order_BT,
-            k_order_BS, stack(lse_BTH), stack(delta_BTH), stack(do_BTHK))
-  small = is_small(T, S)
-  row = backward_one if small else backward_tiles
-  dq, dk, dv = tiles.over_rows(functools.partial(row, causal=causal, scale=scale), arrays,
-                               loop=not small or H * T * S >= tiles.MANY)
+  places = q_segment_BT, k_segment_BS, q_order_BT, k_order_BS
+  row, mask, loop = of_rows(T, H, S, places, causal, backward_one, backward_tiles)
+  arrays = (stack(q_BTHK), k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2), stack(lse_BTH), stack(delta_BTH),
+            stack(do_BTHK), *mask)
+  dq, dk, dv = tiles.over_rows(functools.partial(row, scale=scale), arrays, loop)
   return (tiles.unstack_heads(dq, T).astype(q_BTHK.dtype), dk.swapaxes(1, 2).astype(k_BSGK.dtype),
           dv.swapaxes(1, 2).astype(v_BSGK.dtype))
 
@@ -81,15 +78,29 @@ def is_small(T: int, S: int) -> bool:
   return T <= FEW or max(T, S) <= max(SMALL, tiles.large())
 
 
-def forward_one(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, *, causal, scale):
+def of_rows(T: int, H: int, S: int, places, causal: bool, one: Callable, in_tiles: Callable):
+  """(what computes a row, its last arguments of all rows, is the batch a loop)."""
+  small = is_small(T, S)
+  loop = not small or H * T * S >= tiles.MANY
+  return (one, (mask_bias(*places, causal),), loop) if small else (
+      functools.partial(in_tiles, causal=causal), places, loop)
+
+
+def mask_bias(q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, causal: bool) -> jax.Array:
+  """`tiles.bias` of small rows, before the loop over them. Computed inside it, the mask would be fused into the loops
+  over every head's logits, which then take 8 times as long on a CPU."""
+  return tiles.bias(visible(q_segment_BT[..., None], k_segment_BS[:, None], q_order_BT[..., None],
+                            k_order_BS[:, None], causal))
+
+
+def forward_one(q_GNK, k_GSK, v_GSK, bias_TS, *, scale):
   """(o_GNK float32, lse_GN) of a row in one tile."""
-  mask_TS = visible(q_segment_T[:, None], k_segment_S, q_order_T[:, None], k_order_S, causal)
-  return attend_one(q_GNK, k_GSK, v_GSK, mask_TS, scale)[:2]
+  return attend_one(q_GNK, k_GSK, v_GSK, bias_TS, scale)[:2]
 
 
-def attend_one(q_GNK, k_GSK, v_GSK, mask_TS, scale):
+def attend_one(q_GNK, k_GSK, v_GSK, bias_TS, scale):
   """(o_GNK float32, lse_GN, probabilities p_GNS) under any mask. A query that sees nothing gets 0 and NEG_INF."""
-  x_GNS = tiles.logits(q_GNK, k_GSK, mask_TS, scale)
+  x_GNS = tiles.logits(q_GNK, k_GSK, bias_TS, scale)
   m_GN = x_GNS.max(-1)
   seen_GN = m_GN > NEG_INF
   w_GNS = jnp.exp(x_GNS - jnp.where(seen_GN, m_GN, 0)[..., None])
@@ -98,10 +109,8 @@ def attend_one(q_GNK, k_GSK, v_GSK, mask_TS, scale):
   return tiles.dot('GNS,GSK->GNK', p_GNS, v_GSK), jnp.where(seen_GN, m_GN + jnp.log(l_GN), NEG_INF), p_GNS
 
 
-def backward_one(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, lse_GN, delta_GN, do_GNK, *,
-                 causal, scale):
-  mask_TS = visible(q_segment_T[:, None], k_segment_S, q_order_T[:, None], k_order_S, causal)
-  return tiles.gradients(q_GNK, k_GSK, v_GSK, lse_GN, delta_GN, do_GNK, mask_TS, scale)[1:]
+def backward_one(q_GNK, k_GSK, v_GSK, lse_GN, delta_GN, do_GNK, bias_TS, *, scale):
+  return tiles.gradients(q_GNK, k_GSK, v_GSK, lse_GN, delta_GN, do_GNK, bias_TS, scale)[1:]
 
 
 def cut_row(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, causal):
@@ -156,7 +165,7 @@ def forward_tiles(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_or
   return join_queries(o_QGNK, T, block), join_queries(lse_QGN, T, block)
 
 
-def backward_tiles(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, lse_GN, delta_GN, do_GNK, *,
+def backward_tiles(q_GNK, k_GSK, v_GSK, lse_GN, delta_GN, do_GNK, q_segment_T, k_segment_S, q_order_T, k_order_S, *,
                    causal, scale):
   T, S = len(q_order_T), len(k_order_S)
   block, (k_PGSK, v_PGSK), mask, tile_QP, count_Q = cut_row(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S,
@@ -169,7 +178,8 @@ def backward_tiles(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_o
     def step(n, carry):
       dq_GNK, dk_PGSK, dv_PGSK = carry
       p = tile_P[n]
-      _, dq, dk, dv = tiles.gradients(q_GNK, k_PGSK[p], v_PGSK[p], lse_GN, delta_GN, do_GNK, mask(i, p), scale)
+      _, dq, dk, dv = tiles.gradients(q_GNK, k_PGSK[p], v_PGSK[p], lse_GN, delta_GN, do_GNK, tiles.bias(mask(i, p)),
+                                      scale)
       return dq_GNK + dq, dk_PGSK.at[p].add(dk), dv_PGSK.at[p].add(dv)
 
     dq_GNK, *grads = jax.lax.fori_loop(0, count, step, (jnp.zeros(q_GNK.shape), *grads))

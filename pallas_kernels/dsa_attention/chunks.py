@@ -191,8 +191,8 @@ def kl_of(options: Options, row: Plan, chunk: Chunk, lse_GN, tile_P, count, mask
   def step(n, state):
     p = tile_P[n]
     mask_TS = mask(p)
-    p_TS = head_mean(tiles.probabilities(chunk.q_GNK, row.k_PGSK[p], lse_GN, mask_TS, options.scale), row.size)
-    return kl_add(state, score(products(iq_ITJ, row.ik_PSJ[p]), gate_TI), p_TS, mask_TS)
+    p_GNS = tiles.probabilities(chunk.q_GNK, row.k_PGSK[p], lse_GN, tiles.bias(mask_TS), options.scale)
+    return kl_add(state, score(products(iq_ITJ, row.ik_PSJ[p]), gate_TI), head_mean(p_GNS, row.size), mask_TS)
 
   return kl_end(jax.lax.fori_loop(0, count, step, kl_start(row.size)))
 
@@ -214,12 +214,12 @@ def backward(options: Options, arrays: Row, selection: Selection, index_lse_T, l
     def step(n, carry):
       (dq_GNK, diq_ITJ, dgate_TI), (dk_PGSK, dv_PGSK, dik_PSJ) = carry
       p = tile_P[n]
-      mask_TS = mask(p)
-      p_GNS, dq, dk, dv = tiles.gradients(chunk.q_GNK, row.k_PGSK[p], row.v_PGSK[p], lse_GN, delta_GN, do_GNK, mask_TS,
+      bias_TS = tiles.bias(mask(p))
+      p_GNS, dq, dk, dv = tiles.gradients(chunk.q_GNK, row.k_PGSK[p], row.v_PGSK[p], lse_GN, delta_GN, do_GNK, bias_TS,
                                           options.scale)
       dq_GNK, dk_PGSK, dv_PGSK = dq_GNK + dq, dk_PGSK.at[p].add(dk), dv_PGSK.at[p].add(dv)
       if options.want_kl:
-        diq, dik, dgate = kl_gradient_one(products(iq_ITJ, row.ik_PSJ[p]), head_mean(p_GNS, row.size), mask_TS, iq_ITJ,
+        diq, dik, dgate = kl_gradient_one(products(iq_ITJ, row.ik_PSJ[p]), head_mean(p_GNS, row.size), bias_TS, iq_ITJ,
                                           row.ik_PSJ[p], gate_TI, index_lse_T, dkl_T)
         diq_ITJ, dgate_TI, dik_PSJ = diq_ITJ + diq, dgate_TI + dgate, dik_PSJ.at[p].add(dik)
       return (dq_GNK, diq_ITJ, dgate_TI), (dk_PGSK, dv_PGSK, dik_PSJ)

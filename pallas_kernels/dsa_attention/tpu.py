@@ -107,31 +107,46 @@ def attention(options: Options, row: chunks.Plan, chunk: chunks.Chunk, word_PMS,
   return o_GNK, lse_GN1[..., 0]
 
 
-def _attention(tile_ref, q_ref, k_ref, v_ref, word_ref, o_ref, lse_ref, m_ref, l_ref, acc_ref, *, T, scale):
+def _attention(tile_ref, q_ref, k_ref, v_ref, word_ref, o_ref, lse_ref, *state, T, scale):
   n = pl.program_id(0)
 
   @pl.when(n == 0)
   def _():
-    m_ref[...] = jnp.full_like(m_ref, NEG_INF)
-    l_ref[...] = jnp.zeros_like(l_ref)
-    acc_ref[...] = jnp.zeros_like(acc_ref)
+    begin(*state)
 
   mask_TS = unpack(word_ref[0], T)
   for g in range(q_ref.shape[0]):
-    x_NS = logits(q_ref[g], k_ref[0, g], mask_TS, scale)
-    m_N1 = m_ref[g]
-    new_N1 = jnp.maximum(m_N1, x_NS.max(1, keepdims=True))
-    w_NS, fade_N1 = jnp.exp(x_NS - new_N1), jnp.exp(m_N1 - new_N1)
-    m_ref[g], l_ref[g] = new_N1, l_ref[g] * fade_N1 + w_NS.sum(1, keepdims=True)
-    acc_ref[g] = acc_ref[g] * fade_N1 + tiles.dot('NS,SK->NK', w_NS, v_ref[0, g])
+    add(logits(q_ref[g], k_ref[0, g], mask_TS, scale), v_ref[0, g], *(ref.at[g] for ref in state))
 
   @pl.when(n == pl.num_programs(0) - 1)
   def _():
     for g in range(q_ref.shape[0]):
-      seen_N1 = m_ref[g] > NEG_INF
-      l_N1 = jnp.where(seen_N1, l_ref[g], 1)
-      o_ref[g] = jnp.where(seen_N1, acc_ref[g] / l_N1, 0).astype(o_ref.dtype)
-      lse_ref[g] = jnp.where(seen_N1, m_ref[g] + jnp.log(l_N1), NEG_INF)
+      end(o_ref.at[g], lse_ref.at[g], *(ref.at[g] for ref in state))
+
+
+def begin(m_ref, l_ref, acc_ref) -> None:
+  """An online softmax in scratch memory: the running maximum and sum (..., N, 1), and the weighted values."""
+  m_ref[...] = jnp.full_like(m_ref, NEG_INF)
+  l_ref[...] = jnp.zeros_like(l_ref)
+  acc_ref[...] = jnp.zeros_like(acc_ref)
+
+
+def add(x_NS, v_SK, m_ref, l_ref, acc_ref) -> None:
+  """Takes in a tile of logits, NEG_INF where masked, and its values."""
+  m_N1 = m_ref[...]
+  new_N1 = jnp.maximum(m_N1, x_NS.max(1, keepdims=True))
+  w_NS, fade_N1 = jnp.exp(x_NS - new_N1), jnp.exp(m_N1 - new_N1)
+  m_ref[...], l_ref[...] = new_N1, l_ref[...] * fade_N1 + w_NS.sum(1, keepdims=True)
+  acc_ref[...] = acc_ref[...] * fade_N1 + tiles.dot('NS,SK->NK', w_NS, v_SK)
+
+
+def end(o_ref, lse_ref, m_ref, l_ref, acc_ref) -> None:
+  """Writes the output [N, K] and its log-sum-exp [N, 1]; 0 and NEG_INF of a query that saw nothing."""
+  m_N1 = m_ref[...]
+  seen_N1 = m_N1 > NEG_INF
+  l_N1 = jnp.where(seen_N1, l_ref[...], 1)
+  o_ref[...] = jnp.where(seen_N1, acc_ref[...] / l_N1, 0).astype(o_ref.dtype)
+  lse_ref[...] = jnp.where(seen_N1, m_N1 + jnp.log(l_N1), NEG_INF)
 
 
 def unpack(word_MS, T: int) -> jax.Array:

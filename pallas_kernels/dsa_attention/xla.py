@@ -39,38 +39,42 @@ def forward(options, rows: Row, selection):
   return tiles.over_rows(functools.partial(forward_one if small else chunks.forward, options), (rows, selection), loop)
 
 
-def backward(options, rows: Row, *saved):
+def backward(options, rows: Row, selection, *saved):
   small, loop = shape(options, rows)
-  return tiles.over_rows(functools.partial(backward_one if small else chunks.backward, options), (rows, *saved), loop)
+  if not small:
+    return tiles.over_rows(functools.partial(chunks.backward, options), (rows, selection, *saved), loop)
+  bias_BTS = tiles.over_rows(selected_bias, (rows, selection), loop)
+  return tiles.over_rows(functools.partial(backward_one, options), (rows, bias_BTS, *saved), loop)
 
 
 def scores_one(row: Row):
-  """(index products z_ITS, scores that are -inf where the key is not visible)."""
-  z_ITS = products(row.iq_ITJ, row.ik_SJ)
+  """Scores [T, S], -inf where the key is not visible."""
   mask_TS = visible(row.q_segment_T[:, None], row.k_segment_S, row.q_order_T[:, None], row.k_order_S, causal=True)
-  return z_ITS, jnp.where(mask_TS, score(z_ITS, row.gate_TI), -jnp.inf)
+  return jnp.where(mask_TS, score(products(row.iq_ITJ, row.ik_SJ), row.gate_TI), -jnp.inf)
 
 
 def forward_one(options, row: Row, selection: Selection | None):
-  _, score_TS = scores_one(row)
+  score_TS = scores_one(row)
   if selection is None and options.topk >= len(row.k_order_S):
     selection = keep_all(row.q_order_T.shape)
   elif selection is None:
     selection = Selection(*search.kth(score_TS[None], row.k_order_S[None], options.topk))
   mask_TS = search.kept(score_TS, row.k_order_S, *selection)
-  o_GNK, lse_GN, p_GNS = attend_one(row.q_GNK, row.k_GSK, row.v_GSK, mask_TS, options.scale)
+  o_GNK, lse_GN, p_GNS = attend_one(row.q_GNK, row.k_GSK, row.v_GSK, tiles.bias(mask_TS), options.scale)
   kl = kl_one(score_TS, head_mean(p_GNS, len(row.q_order_T)), mask_TS) if options.want_kl else (None, None)
   return o_GNK, lse_GN, *kl, selection
 
 
-def backward_one(options, row: Row, selection, index_lse_T, lse_GN, delta_GN, do_GNK, dkl_T):
-  z_ITS, score_TS = scores_one(row)
-  mask_TS = search.kept(score_TS, row.k_order_S, *selection)
-  p_GNS, dq, dk, dv = tiles.gradients(row.q_GNK, row.k_GSK, row.v_GSK, lse_GN, delta_GN, do_GNK, mask_TS,
-                                      options.scale)
+def selected_bias(row: Row, selection: Selection):
+  """`tiles.bias` of a row. In a loop of its own, for the reason of `dense_attention.xla.mask_bias`."""
+  return tiles.bias(search.kept(scores_one(row), row.k_order_S, *selection))
+
+
+def backward_one(options, row: Row, bias_TS, index_lse_T, lse_GN, delta_GN, do_GNK, dkl_T):
+  p_GNS, dq, dk, dv = tiles.gradients(row.q_GNK, row.k_GSK, row.v_GSK, lse_GN, delta_GN, do_GNK, bias_TS, options.scale)
   if options.want_kl:
-    p_TS = head_mean(p_GNS, len(row.q_order_T))
-    index = kl_gradient_one(z_ITS, p_TS, mask_TS, row.iq_ITJ, row.ik_SJ, row.gate_TI, index_lse_T, dkl_T)
+    p_TS, z_ITS = head_mean(p_GNS, len(row.q_order_T)), products(row.iq_ITJ, row.ik_SJ)
+    index = kl_gradient_one(z_ITS, p_TS, bias_TS, row.iq_ITJ, row.ik_SJ, row.gate_TI, index_lse_T, dkl_T)
   else:
     index = [jnp.zeros(x.shape) for x in (row.iq_ITJ, row.ik_SJ, row.gate_TI)]
   return dq, dk, dv, *index

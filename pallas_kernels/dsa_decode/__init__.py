@@ -6,13 +6,14 @@ pool, A slots of a page, N pages of a sequence.
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.dsa_decode import gpu, reference, xla
+from pallas_kernels.dsa_decode import gpu, reference, tpu, xla
 from pallas_kernels.dsa_decode.pages import PAGE, DecodeOutput, Pages, eight_bits, newest, write
 from pallas_kernels.index_select.selection import Selection
 
 __all__ = ['PAGE', 'DecodeOutput', 'Pages', 'Selection', 'dsa_decode', 'eight_bits', 'newest', 'write']
 
-IMPLEMENTATIONS = {'reference': reference.dsa_decode, 'xla': xla.dsa_decode, 'gpu': gpu.dsa_decode}
+IMPLEMENTATIONS = {'reference': reference.dsa_decode, 'xla': xla.dsa_decode, 'tpu': tpu.dsa_decode,
+                   'gpu': gpu.dsa_decode}
 MOST = 32              # new tokens of a sequence: one bit each of a word
 
 

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tiles
-from pallas_kernels.dense_attention.xla import cut_queries, cut_row, is_small, key_tile
+from pallas_kernels.dense_attention.xla import cut_queries, cut_row, is_small, key_tile, mask_bias
 from pallas_kernels.equation import equation, kept
 from pallas_kernels.index_select.xla import products, score
-from pallas_kernels.mask import NEG_INF, visible
+from pallas_kernels.mask import NEG_INF
 
 
 class Row(NamedTuple):
@@ -55,17 +55,21 @@ def shape(rows: Row) -> tuple[bool, bool]:
 
 
 def _forward(scale, rows: Row):
-  small, loop = shape(rows)
-  row = functools.partial(forward_one if small else forward_tiles, scale)
-  kl_BT, lse_BT = kept(named('forward', lambda *rows: tiles.over_rows(row, rows, loop), rows)(*rows))
+  kl_BT, lse_BT = kept(named('forward', functools.partial(run, scale, forward_one, forward_tiles), rows)(rows))
   return kl_BT, (rows, lse_BT)
+
+
+def run(scale, one, in_tiles, rows: Row, *saved):
+  small, loop = shape(rows)
+  if not small:
+    return tiles.over_rows(functools.partial(in_tiles, scale), (rows, *saved), loop)
+  bias_BTS = mask_bias(rows.q_segment_T, rows.k_segment_S, rows.q_order_T, rows.k_order_S, causal=True)
+  return tiles.over_rows(functools.partial(one, scale), (rows, bias_BTS, *saved), loop)
 
 
 def _backward(scale, saved, dkl_BT):
   rows, lse_BT = saved
-  small, loop = shape(rows)
-  row = functools.partial(backward_one if small else backward_tiles, scale)
-  grads = named('backward', lambda *rows: tiles.over_rows(row, rows, loop), rows)(*rows, lse_BT, dkl_BT)
+  grads = named('backward', functools.partial(run, scale, backward_one, backward_tiles), rows)(rows, lse_BT, dkl_BT)
   diq, dik, dgate = (g.astype(x.dtype) for g, x in zip(grads, (rows.iq_ITJ, rows.ik_SJ, rows.gate_TI)))
   return Row(None, None, None, diq, dik, dgate, None, None, None, None),
 
@@ -79,24 +83,20 @@ def named(direction: str, fn, rows: Row):
 _warmup.defvjp(_forward, _backward)
 
 
-def forward_one(scale, *arrays):
+def forward_one(scale, row: Row, bias_TS):
   """(kl_T, lse_T of the scores) of a row in one tile."""
-  row = Row(*arrays)
-  p_TS, z_ITS, mask_TS = target_one(scale, row)
-  return kl_one(score(z_ITS, row.gate_TI), p_TS, mask_TS)
+  p_TS, z_ITS = target_one(scale, row, bias_TS)
+  return kl_one(score(z_ITS, row.gate_TI), p_TS, bias_TS == 0)
 
 
-def backward_one(scale, *arrays):
-  *row, lse_T, dkl_T = arrays
-  row = Row(*row)
-  p_TS, z_ITS, mask_TS = target_one(scale, row)
-  return kl_gradient_one(z_ITS, p_TS, mask_TS, row.iq_ITJ, row.ik_SJ, row.gate_TI, lse_T, dkl_T)
+def backward_one(scale, row: Row, bias_TS, lse_T, dkl_T):
+  p_TS, z_ITS = target_one(scale, row, bias_TS)
+  return kl_gradient_one(z_ITS, p_TS, bias_TS, row.iq_ITJ, row.ik_SJ, row.gate_TI, lse_T, dkl_T)
 
 
-def target_one(scale, row: Row):
-  mask_TS = visible(row.q_segment_T[:, None], row.k_segment_S, row.q_order_T[:, None], row.k_order_S, causal=True)
-  p_GNS = tiles.probabilities(row.q_GNK, row.k_GSK, row.lse_GN, mask_TS, scale)
-  return head_mean(p_GNS, len(row.q_order_T)), products(row.iq_ITJ, row.ik_SJ), mask_TS
+def target_one(scale, row: Row, bias_TS):
+  p_GNS = tiles.probabilities(row.q_GNK, row.k_GSK, row.lse_GN, bias_TS, scale)
+  return head_mean(p_GNS, len(row.q_order_T)), products(row.iq_ITJ, row.ik_SJ)
 
 
 def cut_index(row: Row, block: int):
@@ -117,8 +117,7 @@ def cut_all(row: Row):
   return block, queries, k_PGSK, ik_PSJ, mask
 
 
-def forward_tiles(scale, *arrays):
-  row = Row(*arrays)
+def forward_tiles(scale, row: Row):
   T = len(row.q_order_T)
   block, queries, k_PGSK, ik_PSJ, mask = cut_all(row)
 
@@ -128,7 +127,7 @@ def forward_tiles(scale, *arrays):
     def step(n, state):
       p = tile_P[n]
       mask_TS = mask(i, p)
-      p_TS = head_mean(tiles.probabilities(q_GNK, k_PGSK[p], lse_GN, mask_TS, scale), block)
+      p_TS = head_mean(tiles.probabilities(q_GNK, k_PGSK[p], lse_GN, tiles.bias(mask_TS), scale), block)
       return kl_add(state, score(products(iq_ITJ, ik_PSJ[p]), gate_TI), p_TS, mask_TS)
 
     return kl_end(jax.lax.fori_loop(0, count, step, kl_start(block)))
@@ -137,9 +136,7 @@ def forward_tiles(scale, *arrays):
   return kl_QT.reshape(-1)[:T], lse_QT.reshape(-1)[:T]
 
 
-def backward_tiles(scale, *arrays):
-  *row, lse_T, dkl_T = arrays
-  row = Row(*row)
+def backward_tiles(scale, row: Row, lse_T, dkl_T):
   T, S = len(row.q_order_T), len(row.k_order_S)
   block, queries, k_PGSK, ik_PSJ, mask = cut_all(row)
   rows_T = [tiles.cut(tiles.pad(x, 0, block), 0, block) for x in (lse_T, dkl_T)]
@@ -150,9 +147,9 @@ def backward_tiles(scale, *arrays):
     def step(n, carry):
       diq_ITJ, dgate_TI, dik_PSJ = carry
       p = tile_P[n]
-      mask_TS = mask(i, p)
-      p_TS = head_mean(tiles.probabilities(q_GNK, k_PGSK[p], lse_GN, mask_TS, scale), block)
-      diq, dik, dgate = kl_gradient_one(products(iq_ITJ, ik_PSJ[p]), p_TS, mask_TS, iq_ITJ, ik_PSJ[p], gate_TI,
+      bias_TS = tiles.bias(mask(i, p))
+      p_TS = head_mean(tiles.probabilities(q_GNK, k_PGSK[p], lse_GN, bias_TS, scale), block)
+      diq, dik, dgate = kl_gradient_one(products(iq_ITJ, ik_PSJ[p]), p_TS, bias_TS, iq_ITJ, ik_PSJ[p], gate_TI,
                                         index_lse_T, dkl_T)
       return diq_ITJ + diq, dgate_TI + dgate, dik_PSJ.at[p].add(dik)
 
@@ -197,12 +194,13 @@ def kl_one(score_TS, p_TS, mask_TS):
   return kl_end(kl_add(kl_start(len(p_TS)), score_TS, p_TS, mask_TS))
 
 
-def kl_gradient_one(z_ITS, p_TS, mask_TS, iq_ITJ, ik_SJ, gate_TI, lse_T, dkl_T):
+def kl_gradient_one(z_ITS, p_TS, bias_TS, iq_ITJ, ik_SJ, gate_TI, lse_T, dkl_T):
   """Gradients (diq_ITJ, dik_SJ, dgate_TI) of sum(dkl * KL), float32, from one tile.
 
-  That of a score is (softmax(score) - p) * dkl; lse is that of the scores over all keys.
+  That of a score is (softmax(score) - p) * dkl; lse is that of the scores over all keys, bias that of `tiles.bias`.
   """
-  x_TS = jnp.where(mask_TS, score(z_ITS, gate_TI) - lse_T[:, None], NEG_INF)
+  safe_T = jnp.where(lse_T > NEG_INF, lse_T, 0)         # of a query that sees nothing
+  x_TS = score(z_ITS, gate_TI) - safe_T[:, None] + bias_TS
   dscore_TS = (jnp.exp(x_TS) - p_TS) * dkl_T[:, None]
   I, T, J = iq_ITJ.shape
   dgate_TI = (jax.nn.relu(z_ITS) * dscore_TS).sum(-1).T

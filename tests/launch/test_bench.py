@@ -71,6 +71,16 @@ class TestRecord:
     assert out['baselines']['transformers']['decode after 1024, best tokens/s'] == pytest.approx(64 / 1.5)
     assert 'x 1.50' in bench.table(out)
 
+  def test_share_of_a_large_product(self):
+    """8 layers of 655,360 (q, k, v, o) + 4 x 393,216 (experts) + 16,384 (router) multiply-adds a token, 1,024.5 keys on
+    average, the head for one token; against 1024^3 of them in 0.01 s."""
+    out = bench.record(bench.TASKS, everything(), None, args(), {})['share of one large product']
+    layers, keys, head = 8 * (655360 + 4 * 393216 + 16384), 8 * 2 * 8 * 64 * 1024.5, 512 * 8192
+    assert out['prefill 2048']['keye_jax'] == pytest.approx((2048 * (layers + keys) + head) / 1.0 * 0.01 / 1024 ** 3)
+    assert out['train 2048']['transformers'] == pytest.approx(
+        3 * 2048 * (layers + keys + head) / 1.5 * 0.01 / 1024 ** 3)
+    assert 'decode after 1024' not in out
+
   def test_below_the_floor(self):
     out = bench.record(bench.TASKS, everything() | {'train 2048': rounds(1.0, 1.1)}, None, args(), {})
     assert out['verdict'] == 'not shown' and out['why'] == 'below the floor: train 2048 1.10'

@@ -1,6 +1,8 @@
 """`keye plan`: arguments, refusals, seconds and advice, and a small run compiled for TPUs that are not here."""
+import dataclasses
 import json
 
+import jax
 import pytest
 
 from data_pipelines.errors import InputError
@@ -50,6 +52,14 @@ def test_short_rows_on_a_gpu_are_not_for_its_kernels(monkeypatch):
   assert planning.chosen('dsa_attention', S=4096, **dims) == 'xla'
   assert planning.chosen('dsa_attention', S=65536, **dims) == 'gpu'
   assert planning.chosen('routed_swiglu', N=64) == 'xla'
+
+
+def test_a_policy_step_needs_the_most_responses_of_a_row():
+  config = load('configs/layouts.py:rl_v5p_4x4x8')
+  assert config.data.samples == 16 and config.train.freeze == ('vision', 'projector')
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, samples=0))
+  with pytest.raises(InputError, match='--what rl needs data.samples, the most responses in a row'):
+    planning.traced(config, 'rl')
 
 
 def test_advice_names_what_would_help():
@@ -114,6 +124,25 @@ def test_a_small_run_is_planned(capfd):
   assert found['sent_bytes']['context'] > 0 and found['sent_bytes']['expert'] > 0
   assert 'text only' in found['batch']
   assert found['largest'][0]['bytes'] <= size['temporaries'] and '[' in found['largest'][0]['shape']
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not rows.installed('v5p'), reason='needs libtpu, of the extra `aot`')
+def test_a_small_policy_step_is_planned(capfd):
+  words = ['--what', 'rl', '--config.data.samples=4', "--config.train.freeze=('vision','projector')",
+           '--config.model.text.layers=1']
+  assert cli.main([*WORDS, *words, '--json']) == 0
+  found = json.loads(capfd.readouterr().out)
+  size = found['bytes']
+  assert (found['what'], found['layout']) == ('rl', 'train') and 'in 2 micro-batches' in found['batch']
+  assert set(found['ops']) == {'dsa_attention_backward_kl', 'dsa_attention_forward_kl', 'routed_swiglu_backward',
+                               'routed_swiglu_forward'}
+  assert size['fits'] and size['temporaries'] > 0
+  # of 8 rows of 1,024 tokens a device has half of the rows and half of their tokens: beside what a supervised step
+  # reads log-probabilities and whose token, 4 bytes each, and of half of the rows the advantages
+  shapes = planning.batch_shapes(load(WORDS[2], WORDS[5:]))
+  supervised = sum(x.dtype.itemsize * x.size for x in jax.tree.leaves(shapes))
+  assert size['batch'] == supervised / 4 + 2 * 4 * 4 * 512 + 4 * 4 * 4
 
 
 @pytest.mark.slow

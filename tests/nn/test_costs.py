@@ -15,14 +15,14 @@ from tests.nn import batches
 from tests.steps.test_mesh import mesh
 
 
-def step_cost(attention, tokens, rows=1, **model):
+def step_cost(attention, tokens, rows=1, what='train', **model):
   config = dataclasses.replace(keye_vl_2_30b_a3b.model(), attention=attention, experts_transport='local', **model)
-  run = RunConfig(model=config, data=DataConfig(tokens=tokens), train=TrainConfig(batch=rows))
-  return config, jaxpr_costs.of_program(planning.traced(run).trace.jaxpr, {}, costs.rules(config))
+  run = RunConfig(model=config, data=DataConfig(tokens=tokens, samples=4), train=TrainConfig(batch=rows))
+  return config, jaxpr_costs.of_program(planning.traced(run, what).trace.jaxpr, {}, costs.rules(config))
 
 
-@pytest.mark.parametrize('attention', ['dense', 'sparse'])
-def test_flops_of_a_training_step(attention):
+@pytest.mark.parametrize('attention, what', [('dense', 'train'), ('sparse', 'train'), ('sparse', 'rl')])
+def test_flops_of_a_training_step(attention, what):
   """Without recomputation: no remat of blocks, and the 4,096 tokens are one chunk of the head.
 
   Three times the forward pass, but for: products of queries and keys, 2 forward, 5 backward and 1 for the indexer's
@@ -30,7 +30,7 @@ def test_flops_of_a_training_step(attention):
   selected keys 1 for the loss and 3 for its gradients.
   """
   tokens = 4096
-  config, got = step_cost(attention, tokens, remat='none')
+  config, got = step_cost(attention, tokens, what=what, remat='none')
   t, part = config.text, counts.flops_per_token(config, tokens)
   expected = 3 * (part['layers'] + part['head']) + part['attention'] * {'dense': 7, 'sparse': 8}[attention] / 2
   if attention == 'sparse':

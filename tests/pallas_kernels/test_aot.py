@@ -7,7 +7,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from pallas_kernels import dispatch
 from pallas_kernels.aot import __main__ as aot
-from pallas_kernels.aot import rows, topology
+from pallas_kernels.aot import registers, rows, topology
 from pallas_kernels.aot.programs import program
 
 
@@ -60,6 +60,32 @@ def test_a_child_that_dies_is_an_error_of_its_row(monkeypatch):
   monkeypatch.setattr(aot.sys, 'executable', '/bin/false')
   found = list(aot.compiled(rows.rows(['index_select'], targets=['v5p'], lengths=[8, 16])))
   assert [r['error'].startswith('the compiler ended its process with code 1') for r in found] == [True, True]
+
+
+SAID = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_kth_1' for 'sm_90a'
+ptxas info    : Function properties for _kth_1
+    24 bytes stack frame, 16 bytes spill stores, 20 bytes spill loads
+ptxas info    : Used 128 registers, used 1 barriers
+ptxas info    : Compiling entry function '_scores' for 'sm_90a'
+ptxas info    : Function properties for _scores
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers, 64 bytes smem
+ptxas info    : Compiling entry function 'input_reduce_fusion_1' for 'sm_90a'
+ptxas info    : Function properties for input_reduce_fusion_1
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 12 registers, used 0 barriers
+"""
+
+
+def test_registers_and_spills_of_each_kernel():
+  found = registers.kernels(SAID)
+  assert found == {'_kth_1': {'registers': 128, 'spill bytes': 16}, '_scores': {'registers': 168, 'spill bytes': 0}}
+  row = rows.rows(['index_select'], targets=['h100'], lengths=[4096])[0]._asdict()
+  sizes = {'implementation': 'gpu', 'seconds': 1.0, 'limit bytes': None,
+           **{f'{name} bytes': 2**20 for name in ('argument', 'output', 'temp')}}
+  assert aot.line(row | sizes | {'gpu kernels': found}).splitlines()[1:] == [
+    '  _kth_1: 128 registers, 16 bytes spilled', '  _scores: 168 registers, 0 bytes spilled']
 
 
 @pytest.mark.parametrize('size, shape', [('1', '1x1x1'), ('8', '1x1x8'), ('64', '8x1x8')])

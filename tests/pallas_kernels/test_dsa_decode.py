@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import dispatch, tpu_call
 from pallas_kernels.dsa_attention import dsa_attention
-from pallas_kernels.dsa_decode import Pages, dsa_decode, eight_bits, newest, write, xla
+from pallas_kernels.dsa_decode import Pages, dsa_decode, eight_bits, newest, tpu, write, xla
 from pallas_kernels.mask import NEG_INF
 from tests.pallas_kernels import cases, independent, kinds
 from tests.tolerances import assert_close
 
-KINDS = ('reference', 'xla', 'blocks', 'gpu')       # blocks: xla with blocks of few tokens; gpu: interpreted
+KINDS = ('reference', 'xla', 'blocks', 'tpu', 'gpu')       # blocks: xla with blocks of few tokens; kernels: interpreted
 S, T, A = 24, 3, 4
 SIZE = dict(B=3, T=S, H=4, G=2, K=8, I=2, J=8, layout='one')
 
@@ -53,7 +54,7 @@ def program(kind: str, topk: int):
   def run(q, pages, iq, gate, table, lengths):
     size, xla.BLOCK = xla.BLOCK, 8 if kind == 'blocks' else xla.BLOCK
     try:
-      with kinds.small('gpu' if kind == 'gpu' else 'xla'):
+      with kinds.small(kind if kind in dispatch.KERNELS else 'xla'):
         return dsa_decode(q, pages, iq, gate, table, lengths, topk=topk,
                           implementation='xla' if kind == 'blocks' else kind)
     finally:
@@ -123,7 +124,7 @@ class TestEveryImplementation:
     assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(first, second))
 
 
-@pytest.mark.parametrize('others', [KINDS[1:-1], pytest.param(('gpu',), marks=pytest.mark.slow)])
+@pytest.mark.parametrize('others', [KINDS[1:3], pytest.param(('tpu', 'gpu'), marks=pytest.mark.slow)])
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 @hypothesis.given(seed=st.integers(0, 2 ** 31 - 1), topk=st.sampled_from([1, 5]), eight=st.booleans(),
                   lengths=st.tuples(*[st.integers(0, S)] * 3), gate=st.sampled_from([1.0, 0.0, -0.0]))
@@ -138,6 +139,42 @@ def test_every_implementation_chooses_the_same_set(others, seed, topk, eight, le
         assert chosen(out, case, b, t, n) == set(independent.chosen(case, b, n - T + t, topk))
     for got, want in zip(out[:2], outs[0][:2]):
       assert_close(np.asarray(got) + 1, np.asarray(want) + 1)      # + 1: all may be 0
+
+
+class TestTPU:
+
+  def arguments(self, eight=False):
+    case, lengths = cases.make(12, **SIZE).cast('float32'), (24, 9, 1)
+    pages, table, lengths_B = paged(case, lengths, eight=eight)
+    q, iq, gate = queries(case, lengths)
+    return q, pages, iq, gate, table, lengths_B
+
+  def test_tables_too_large_for_one_call_go_one_after_the_other(self, monkeypatch):
+    together = program('tpu', 5)(*self.arguments())
+    monkeypatch.setattr(tpu, 'ENTRIES', S // A)
+    for got, want in zip(jax.tree.leaves(program.__wrapped__('tpu', 5)(*self.arguments())), jax.tree.leaves(together)):
+      assert (np.asarray(got) == np.asarray(want)).all()
+
+  def test_scores_that_do_not_fit_are_refused(self):
+    q, pages, iq, gate, _, lengths = self.arguments()
+    with pytest.raises(ValueError, match='queries against 1000000 pages need more than 16 MiB of VMEM'):
+      jax.eval_shape(functools.partial(dsa_decode, topk=5, implementation='tpu'), q, pages, iq, gate,
+                     jax.ShapeDtypeStruct((3, 10 ** 6), jnp.int32), lengths)
+
+  @pytest.mark.slow
+  def test_no_races(self, monkeypatch):
+    """Simulated memories and copies of a TPU, each read and write checked against those it is not ordered with."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+    from jax.experimental.pallas import tpu as pltpu
+    params = pltpu.InterpretParams(detect_races=True)
+    monkeypatch.setattr(kinds, 'SMALL', (*kinds.SMALL, (tpu_call, 'INTERPRET', params)))
+    arguments = self.arguments(eight=True)
+    out = jax.block_until_ready(program.__wrapped__('tpu', 5)(*arguments))
+    assert interpreter.races is not None and not interpreter.races.races_found
+    want = program('reference', 5)(*arguments)
+    assert_close(out.o_BTHK, want.o_BTHK)
+    for got, expected in zip(out.selection, want.selection):
+      assert (np.asarray(got) == np.asarray(expected)).all()
 
 
 @pytest.mark.parametrize('eight', [False, True])
