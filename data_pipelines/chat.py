@@ -209,19 +209,20 @@ def _grid(image, patch, merge):
 
 def _assemble(lists: list[list[_Piece]], vision: list[tuple], source: str) -> Example:
   """Lays trunk and branches one after the other."""
-  token, loss, branch, position, base = [], [], [], [], 0
+  token, position, base = [], [], 0
   for b, pieces in enumerate(lists):
     position_T3, after = mrope.positions((p.grid or len(p.ids) for p in pieces), base)
     if b == 0:
       base = after                  # every branch continues the trunk
     position.append(position_T3)
-    token += [i for p in pieces for i in p.ids]
-    loss += [np.full(len(p.ids), p.loss) for p in pieces]
-    branch.append(np.full(len(position_T3), b, np.int32))
-  token_T, branch_T = np.asarray(token, np.int32), np.concatenate(branch)
-  loss_T = np.concatenate([np.zeros(0, bool), *loss])
-  is_vision_T = np.concatenate([np.zeros(0, bool), *(np.full(len(p.ids), p.grid is not None)
-                                                     for pieces in lists for p in pieces)])
+    for piece in pieces:
+      token += piece.ids
+  token_T = np.asarray(token, np.int32)
+  branch_T = np.repeat(np.arange(len(lists), dtype=np.int32), [len(p) for p in position])
+  pieces = [piece for pieces in lists for piece in pieces]
+  lengths = np.array([len(p.ids) for p in pieces], int)
+  loss_T = np.array([p.loss for p in pieces], bool).repeat(lengths)
+  is_vision_T = np.array([p.grid is not None for p in pieces], bool).repeat(lengths)
   # The next token of the same branch. The trunk's last token has several; its targets are user text, weight 0.
   weight_T = np.zeros(len(token_T), np.float32)
   weight_T[:-1] = loss_T[1:] & (branch_T[1:] == branch_T[:-1])

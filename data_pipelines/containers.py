@@ -8,8 +8,8 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -19,6 +19,8 @@ from data_pipelines.errors import InputError
 
 REORDER = 16              # frames by which the order of storing may differ from that of showing
 SEEK_FRAMES = 16          # a seek that saves fewer frames than this costs more than decoding them
+KEPT_BYTES = 4 << 20      # of a file's packets, up to which they are kept between finding the times and decoding
+PACKET_BYTES = 512        # that a packet takes beside its content
 THREADS_FROM = 640 * 480  # pixels of a frame, from which decoding in several threads pays
 # What reading a damaged file raises; IndexError when a transport stream announces streams in its middle.
 DAMAGE = (av.FFmpegError, IndexError)
@@ -96,22 +98,46 @@ def read_times(path: str | os.PathLike, limits: Limits = Limits()) -> Times:    
   when less than half of what the header announces is there.
   """
   with opened(path, limits) as (container, stream):
-    declared, aspect = _declared(stream), float(stream.sample_aspect_ratio or 1)
-    _check_length(path, declared, limits)
-    packets, shown, dts = 0, [], []
-    with contextlib.suppress(*DAMAGE):               # what comes before it counts
-      for packet in container.demux(stream):
-        _check_time(path, limits)
-        if packet.size:
-          packets += 1
-          dts.append(packet.dts)
-          if not packet.is_discard:                  # cut away by an edit list
-            shown.append((packet.pts, packet.duration or 0, packet.is_keyframe))
-    # AVI has no presentation times; those made up for it are wrong when frames are stored out of order.
-    reorders = stream.codec_context.has_b_frames
-    timeless = (container.format.name == 'avi' and reorders or any(pts is None for pts, _, _ in shown)
-                or _begins_anew([t for t in dts if t is not None]))
-    frames, rate, time_base = stream.frames, stream.guessed_rate or stream.average_rate or 25, stream.time_base
+    return _times(path, container, stream, limits, [])
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike, limits: Limits = Limits()          # noqa: B008 (immutable)
+            ) -> Iterator[tuple[Times, Callable[[np.ndarray], Iterator[tuple[int, av.VideoFrame]]]]]:
+  """(times, function of wanted times that decodes as `decode` does, to be called once) of a file.
+
+  A small file that is decoded from its start on in one go is opened and read once: its packets wait in memory. Raises
+  InputError as `read_times`.
+  """
+  with opened(path, limits) as (container, stream):
+    kept = []
+    times = _times(path, container, stream, limits, kept)
+    yield times, lambda pts_F: decode(path, times, pts_F, limits, (kept, stream) if kept else None)
+
+
+def _times(path, container, stream, limits, kept: list[av.Packet]) -> Times:
+  """Fills `kept` with all packets of the stream, or with none when they are too large or of no use."""
+  declared, aspect = _declared(stream), float(stream.sample_aspect_ratio or 1)
+  _check_length(path, declared, limits)
+  packets, size, shown, dts = 0, 0, [], []
+  with contextlib.suppress(*DAMAGE):                 # what comes before it counts
+    for packet in container.demux(stream):
+      _check_time(path, limits)
+      size += packet.size + PACKET_BYTES
+      if size <= KEPT_BYTES:
+        kept.append(packet)
+      if packet.size:
+        packets += 1
+        dts.append(packet.dts)
+        if not packet.is_discard:                    # cut away by an edit list
+          shown.append((packet.pts, packet.duration or 0, packet.is_keyframe))
+  # AVI has no presentation times; those made up for it are wrong when frames are stored out of order.
+  reorders = stream.codec_context.has_b_frames
+  timeless = (container.format.name == 'avi' and reorders or any(pts is None for pts, _, _ in shown)
+              or _begins_anew([t for t in dts if t is not None]))
+  if size > KEPT_BYTES or timeless:
+    kept.clear()
+  frames, rate, time_base = stream.frames, stream.guessed_rate or stream.average_rate or 25, stream.time_base
   if 2 * packets < frames:
     raise InputError(f'{path}: truncated, only {packets} of {frames} frames are there; copy the file again')
   if timeless:
@@ -132,30 +158,35 @@ def read_times(path: str | os.PathLike, limits: Limits = Limits()) -> Times:    
   return Times(pts_N, key_K, time_base, seconds, False, aspect)
 
 
-def decode(path: str | os.PathLike, times: Times, pts_F: np.ndarray,
-           limits: Limits = Limits()) -> Iterator[tuple[int, av.VideoFrame]]:         # noqa: B008 (immutable)
+def decode(path: str | os.PathLike, times: Times, pts_F: np.ndarray, limits: Limits = Limits(),        # noqa: B008
+           kept: tuple[list[av.Packet], Any] | None = None) -> Iterator[tuple[int, av.VideoFrame]]:
   """(index into pts_F, frame) for the wanted times, which must rise, in the order of the file.
 
+  kept: all packets of the stream and the stream, which is still open; the file is opened anew when that does not do.
   Frames that cannot be decoded are left out. Raises InputError when it takes longer than allowed.
   """
   place = {int(pts): i for i, pts in enumerate(pts_F)}
-  with opened(path, limits) as (container, stream):
+  stretches = [] if times.counted else runs(times, pts_F)
+  # Where it seeks, the file is read as it always is: from packets that were kept, damage could look different.
+  once = kept is not None and [key for key, _ in stretches] == [None]
+  with contextlib.nullcontext(kept) if once else opened(path, limits) as (source, stream):
     if stream.codec_context.width * stream.codec_context.height >= THREADS_FROM:
       stream.thread_type = 'AUTO'
     else:
       stream.codec_context.thread_count = 1
     if times.counted:
-      for i, frame in enumerate(_decoded(container, stream)):
+      for i, frame in enumerate(_decoded(source.demux(stream), stream)):
         _check_time(path, limits)
         if i in place:
           yield place[i], frame
         if i >= pts_F[-1]:
           return
-    for key, run_F in [] if times.counted else runs(times, pts_F):
+    for key, run_F in stretches:
       wanted = set(run_F.tolist())
       # A frame that is not there by then does not come.
       end = int(times.pts_N[min(np.searchsorted(times.pts_N, run_F[-1]) + REORDER, len(times.pts_N) - 1)])
-      for frame in _from(container, stream, key, int(times.pts_N[0]), wanted):
+      for frame in (_decoded(source, stream, wanted) if once else
+                    _from(source, stream, key, int(times.pts_N[0]), wanted)):
         _check_time(path, limits)
         if frame.pts in wanted:
           wanted.discard(frame.pts)
@@ -180,23 +211,23 @@ def _from(container, stream, key: int | None, start: int, wanted: set[int]) -> I
   """Decoded frames from a keyframe on."""
   if key is not None:
     container.seek(key, stream=stream)
-    frames = _decoded(container, stream, wanted)
+    frames = _decoded(container.demux(stream), stream, wanted)
     first = next(frames, None)
     if first is not None and first.pts is not None and first.pts <= min(wanted):
       yield first
       yield from frames
       return
     container.seek(start, stream=stream)       # an index that is wrong: it led too far or nowhere
-  yield from _decoded(container, stream, wanted)
+  yield from _decoded(container.demux(stream), stream, wanted)
 
 
-def _decoded(container, stream, wanted: set[int] | None = None) -> Iterator[av.VideoFrame]:
-  """Frames in the order shown, from where the container is. Damaged packets are passed over."""
+def _decoded(packets: Iterable[av.Packet], stream, wanted: set[int] | None = None) -> Iterator[av.VideoFrame]:
+  """Frames of a stream's packets in the order shown. Damaged packets are passed over."""
   # A frame of H.264 that no other refers to is not decoded unless it is wanted. Other codecs do not promise that
   # what is skipped is of no use to others.
   skips = wanted is not None and stream.codec_context.name == 'h264'
   with contextlib.suppress(*DAMAGE):
-    for packet in container.demux(stream):
+    for packet in packets:
       if skips:
         stream.codec_context.skip_frame = 'DEFAULT' if packet.pts in wanted else 'NONREF'
       try:
@@ -217,7 +248,7 @@ def _begins_anew(dts_N: list[int]) -> bool:
 def _count(path, rate, limits) -> Times:
   with opened(path, limits) as (container, stream):
     count = 0
-    for _ in _decoded(container, stream):
+    for _ in _decoded(container.demux(stream), stream):
       count += 1
       _check_time(path, limits)
       _check_length(path, float(count / rate), limits)

@@ -16,15 +16,19 @@ def positions(spans: Iterable[int | tuple[int, int]], base: int = 0) -> tuple[np
 
   Returns (position_T3 int32, the position of whatever comes next).
   """
-  parts = [np.zeros((0, 3), np.int32)]
+  runs, text = [np.zeros((0, 3), np.int32)], 0
   for span in spans:
     if isinstance(span, tuple):
-      parts.append(_grid(*span) + np.int32(base))
-      base += max(span)
+      runs += [_text(base - text, base), _grid(*span) + np.int32(base)]
+      base, text = base + max(span), 0
     else:
-      parts.append(np.broadcast_to(np.arange(base, base + span, dtype=np.int32)[:, None], (span, 3)))
-      base += span
-  return np.concatenate(parts), base
+      base, text = base + span, text + span         # spans of text that follow each other are one run
+  return np.concatenate([*runs, _text(base - text, base)]), base
+
+
+def _text(start: int, stop: int) -> np.ndarray:
+  """Positions [stop - start, 3] of tokens of text."""
+  return np.arange(start, stop, dtype=np.int32).repeat(3).reshape(-1, 3)
 
 
 @functools.lru_cache(maxsize=256)

@@ -5,6 +5,7 @@ Three sources give the same kind of object: a folder with tokenizer.json, the fu
 with every special token switched off: typing "<|im_end|>" cannot end a turn.
 """
 import base64
+import functools
 import importlib.util
 import json
 import pathlib
@@ -16,6 +17,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from data_pipelines.errors import InputError
 
+SHORT = 32        # characters of a text whose ids are remembered
 # In id order from 151643. Names and flags up to 151674 are those of Keye's tokenizer_config.json; 151678 is in Keye's
 # training code. The ids of <|frame|>, <|fast_start|> and <|fast_end|> are not published: they take the three free
 # places before 151678, and a checkpoint's own tokenizer.json wins when there is one.
@@ -82,6 +84,8 @@ class Tokenizer:
     self._full.encode_special_tokens = True
     self._full.no_padding()
     self._full.no_truncation()
+    # Times, roles, line ends and answers come again and again.
+    self._short = functools.lru_cache(1 << 12)(self._ids)
 
   def __reduce__(self):
     return _rebuild, (self._full.to_str(), self.config, self.template, self.name)
@@ -89,6 +93,9 @@ class Tokenizer:
   def encode(self, text: str, markup: bool = False) -> list[int]:
     """Token ids of plain text. Control tokens in it stay text; `markup=True` reads <think>, <|box_start|>, ... as
     the tokens they are, for what an assistant wrote."""
+    return list((self._short if len(text) <= SHORT else self._ids)(text, markup))
+
+  def _ids(self, text, markup):
     return (self._full if markup else self._plain).encode(text, add_special_tokens=False).ids
 
   def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:

@@ -4,6 +4,7 @@ Numbers follow the public serving code of Keye-VL-2.0 (keye_adaptive_video.py).
 
 Letters: F sampled frames, N frames of the file, H height, W width in pixels.
 """
+import functools
 import os
 from typing import NamedTuple
 
@@ -59,11 +60,12 @@ class Clip(NamedTuple):
 
 def probe(path: str | os.PathLike, limits: containers.Limits = containers.Limits()) -> VideoInfo:     # noqa: B008
   """Size, length and rate of a clip. Decodes one frame; raises InputError like `load_video`."""
-  times = containers.read_times(path, limits.started())
-  frame = next((frame for _, frame in containers.decode(path, times, times.pts_N[:1], limits.started())), None)
+  with containers.reading(path, limits.started()) as (times, decode):
+    frame = next((frame for _, frame in decode(times.pts_N[:1])), None)
   if frame is None:
     raise InputError(f'{path}: the first frame of the video cannot be decoded')
-  return VideoInfo(*_shown(frame, times), len(times.pts_N), times.seconds, times.fps, _turn(frame))
+  turn = _turn(frame)
+  return VideoInfo(*_shown(frame, times, turn), len(times.pts_N), times.seconds, times.fps, turn)
 
 
 def plan_frames(seconds: float, frames: int, height: int, width: int, fps: float = 2.0, min_frames: int = 2,
@@ -96,24 +98,26 @@ def load_video(path: str | os.PathLike, data, factor: int = 28) -> Clip:
   truncated beyond that, beyond data.max_seconds, max_mb, max_pixels or max_decode_seconds.
   """
   limits = containers.Limits(data.max_seconds, data.max_mb, data.max_pixels, data.max_decode_seconds).started()
-  times = containers.read_times(path, limits)
-  budget = adaptive_tokens(data.video_tokens, times.seconds, data.adaptive)
-  index_F = _sample(times.seconds, len(times.pts_N), data.fps, data.min_frames, data.frame_tokens_min, budget)
-  pts_F, frames_FHW3, good = times.pts_N[index_F], None, []
-  to_rgb = VideoReformatter()           # one for all frames: setting up a conversion costs more than a small frame
-  for i, frame in containers.decode(path, times, pts_F, limits):
-    try:
-      deep = {'interpolation': DEEP} if max(c.bits for c in frame.format.components) > 8 else {}
-      pixels = _upright(to_rgb.reformat(frame, format='rgb24', threads=1, **deep).to_ndarray(), _turn(frame))
-      size = _size(len(index_F), *_shown(frame, times), data.frame_tokens_min, data.frame_tokens_max, budget, factor)
-    except (av.FFmpegError, ValueError) as e:         # a pixel format without a conversion, an extreme shape
-      raise InputError(f'{path}: {e}') from None
-    if frames_FHW3 is None:
-      frames_FHW3 = np.empty((len(index_F), *size, 3), np.uint8)
-    if pixels.shape[:2] != frames_FHW3.shape[1:3]:
-      pixels = Image.fromarray(pixels).resize(frames_FHW3.shape[2:0:-1], Image.Resampling.BICUBIC)
-    frames_FHW3[i] = pixels
-    good.append(i)
+  with containers.reading(path, limits) as (times, decode):
+    budget = adaptive_tokens(data.video_tokens, times.seconds, data.adaptive)
+    index_F = _sample(times.seconds, len(times.pts_N), data.fps, data.min_frames, data.frame_tokens_min, budget)
+    pts_F, frames_FHW3, good = times.pts_N[index_F], None, []
+    to_rgb = VideoReformatter()         # one for all frames: setting up a conversion costs more than a small frame
+    for i, frame in decode(pts_F):
+      turn = _turn(frame)
+      try:
+        deep = {'interpolation': DEEP} if _is_deep(frame.format.name) else {}
+        pixels = _upright(to_rgb.reformat(frame, format='rgb24', threads=1, **deep).to_ndarray(), turn)
+        size = _size(len(index_F), *_shown(frame, times, turn), data.frame_tokens_min, data.frame_tokens_max, budget,
+                     factor)
+      except (av.FFmpegError, ValueError) as e:       # a pixel format without a conversion, an extreme shape
+        raise InputError(f'{path}: {e}') from None
+      if frames_FHW3 is None:
+        frames_FHW3 = np.empty((len(index_F), *size, 3), np.uint8)
+      if pixels.shape[:2] != frames_FHW3.shape[1:3]:
+        pixels = Image.fromarray(pixels).resize(frames_FHW3.shape[2:0:-1], Image.Resampling.BICUBIC)
+      frames_FHW3[i] = pixels
+      good.append(i)
   if 2 * len(good) < len(index_F) or not good:
     raise InputError(f'{path}: damaged, only {len(good)} of {len(index_F)} sampled frames can be decoded')
   seconds_F = (pts_F - times.pts_N[0]) * float(times.time_base)
@@ -137,14 +141,20 @@ def _size(count, height, width, frame_tokens_min, frame_tokens_max, video_tokens
   return smart_resize(height, width, factor, frame_tokens_min * factor**2, tokens * factor**2)
 
 
-def _shown(frame, times) -> tuple[int, int]:
+@functools.cache
+def _is_deep(pixel_format: str) -> bool:
+  """Whether it has more than 8 bits a channel."""
+  return max(c.bits for c in av.VideoFormat(pixel_format).components) > 8
+
+
+def _shown(frame, times, turn: Turn) -> tuple[int, int]:
   """(height, width) of a frame in square pixels, as it is shown. The longer side of a pixel is kept."""
   height, width = frame.height, frame.width
   if times.aspect >= 1:
     width = max(1, round(width * times.aspect))
   else:
     height = max(1, round(height / times.aspect))
-  return (width, height) if _turn(frame).swap else (height, width)
+  return (width, height) if turn.swap else (height, width)
 
 
 def _turn(frame) -> Turn:

@@ -49,6 +49,9 @@ CLAIM = 'prefill, training step and greedy decoding on 2 CPU threads are at leas
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('what', choices=('model', 'video', 'attention', 'balance'))
   parser.add_argument('--video', action='append', metavar='FILE', help='`video`: read these files; default: real clips')
+  parser.add_argument('--step-seconds', type=float, default=1.0,
+                      help='`video`: would an accelerator with such steps wait for this host?')
+  parser.add_argument('--clips', type=int, default=8, help='`video`: of one step')
   parser.add_argument('--peer', choices=('transformers',), help='the other side; needs the extra `parity`')
   parser.add_argument('--peer-python', default=sys.executable, help='interpreter that has the peer')
   parser.add_argument('--threads', type=int, default=2)
@@ -75,8 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   if config_args:
     raise InputError(f'keye bench takes no {config_args[0]}')
-  if args.rounds < 1 or args.threads < 1 or min(args.batch or [1]) < 1:
-    raise InputError('keye bench: --rounds, --threads and --batch must be at least 1')
+  if args.rounds < 1 or args.threads < 1 or args.clips < 1 or min(args.batch or [1]) < 1:
+    raise InputError('keye bench: --rounds, --threads, --clips and --batch must be at least 1')
+  if not args.step_seconds > 0:
+    raise InputError(f'keye bench: --step-seconds {args.step_seconds:g} must be more than 0')
   if args.what == 'video':
     from launch import bench_video
     return bench_video.run(args)

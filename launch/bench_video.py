@@ -3,18 +3,23 @@
 Bare PyAV is told beforehand which frames are wanted and which keyframes to seek to; it opens the file, seeks, decodes,
 converts and resizes. `load_video` finds all that out first and checks what it reads. Both get one core.
 
+Seconds by the clock decide, so nothing else may run. Seconds of the processor are recorded beside them, with the ratio
+of every round: how wide they lie says what they are worth on a machine that is busy.
+
 H height, W width in pixels, F wanted frames.
 """
 import dataclasses
 import fractions
 import importlib.util
 import json
+import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import av
@@ -53,11 +58,12 @@ class Task(NamedTuple):
 
 def run(args) -> int:
   """Measures, prints and writes the evidence record; returns the exit code. `args`: see launch/bench.py."""
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
   bench.limit_threads(1)
   with tempfile.TemporaryDirectory() as folder:
     files = [pathlib.Path(p) for p in args.video or ()] or default_files(pathlib.Path(folder))
     tasks = [Task(f'{path.name}, {name}', path, data) for path in files for name, data in samplings(path)]
-    out = record(tasks, *measure(tasks, args.rounds), args)
+    out = record(tasks, *measure(tasks, args.rounds), args, cores)
   if args.out:
     pathlib.Path(args.out).write_text(json.dumps(out, indent=1) + '\n')
   print(json.dumps(out) if args.json else table(out))
@@ -125,7 +131,8 @@ def bare(task: Task) -> Callable[[], np.ndarray]:
 
 
 def measure(tasks: Sequence[Task], rounds: int) -> tuple[dict, dict, dict]:
-  """By task: Rounds; (frames, readings a round); (KiB that reading adds at its peak, KiB of the frames alone)."""
+  """By task: Rounds, with processor seconds under 'keye_jax cpu' and 'pyav cpu'; (frames, readings a round); (KiB that
+  reading adds at its peak, KiB of the frames alone)."""
   found, work, peak = {}, {}, {}
   a_NN = np.random.default_rng(0).random((768, 768), np.float32)
   probe = lambda: timed(lambda: [a_NN @ a_NN for _ in range(8)])
@@ -135,10 +142,19 @@ def measure(tasks: Sequence[Task], rounds: int) -> tuple[dict, dict, dict]:
     if not np.array_equal(ours_FHW3, theirs_FHW3):
       raise InputError(f'{task.path}: the two sides read different pixels; measure another file')
     times = max(1, round(MIN_SECONDS / max(timed(theirs), 1e-6)))
-    sides = {name: lambda side=side: timed(lambda: [side() for _ in range(times)])
-             for name, side in (('keye_jax', ours), ('pyav', theirs))}
+    busy = {f'{name} cpu': [] for name in ('keye_jax', 'pyav')}
+
+    def side(name, read, times=times, busy=busy):
+      begun = time.process_time()
+      seconds = timed(lambda: [read() for _ in range(times)])
+      busy[f'{name} cpu'].append(time.process_time() - begun)
+      return seconds
+
     probe()
-    found[task.name] = bench_rounds.alternate(sides, probe, rounds)
+    sides = {'keye_jax': lambda side=side, read=ours: side('keye_jax', read),
+             'pyav': lambda side=side, read=theirs: side('pyav', read)}
+    both = bench_rounds.alternate(sides, probe, rounds)
+    found[task.name] = both._replace(seconds=both.seconds | busy)
     work[task.name] = len(ours_FHW3), times
     done = subprocess.run([sys.executable, '-c', PEAK, str(task.path), json.dumps(dataclasses.asdict(task.data))],
                           cwd=bench.ROOT, capture_output=True, text=True, check=True)
@@ -152,14 +168,17 @@ def timed(call: Callable[[], object]) -> float:
   return time.perf_counter() - start
 
 
-def record(tasks, found, work, peak, args) -> dict:
-  """The evidence record: what was measured and whether it shows the claim."""
+def record(tasks, found, work, peak, args, cores: int) -> dict:
+  """The evidence record: what was measured and whether it shows the claim. cores: of this host."""
   void = {name: why for name, r in found.items() if (why := bench_rounds.void(r))}
   sides = {side: {} for side in ('keye_jax', 'pyav')}
   for (name, r), side in ((item, side) for item in found.items() for side in sides):
     frames, times = work[name]
     sides[side] |= {f'{name}, {kind} {unit}/s': v for unit, n in (('frames', frames * times), ('clips', times))
                     for kind, v in bench_rounds.rates(r.seconds[side], n).items()}
+  cpu = {name: sorted(theirs / ours for ours, theirs in zip(r.seconds['keye_jax cpu'], r.seconds['pyav cpu']))
+         for name, r in found.items()}
+  each = {name: statistics.median(r.seconds['keye_jax cpu']) / work[name][1] for name, r in found.items()}
   ratios = {t.name: (sides['keye_jax'][f'{t.name}, median clips/s'] / sides['pyav'][f'{t.name}, median clips/s'])
             for t in tasks}
   short = [f'{name} {ratio:.2f}' for name, ratio in ratios.items() if ratio < FLOOR]
@@ -171,6 +190,10 @@ def record(tasks, found, work, peak, args) -> dict:
       'claim': CLAIM, 'command': results.command(sys.argv[1:]), 'commit': bench.commit(), 'hardware': bench.hardware(),
       'versions': versions, 'n': args.rounds, 'baselines': {'pyav': sides['pyav']},
       'arms': {'keye_jax': {'0': sides['keye_jax']}}, 'ratios of medians': ratios, 'intervals': {},
+      'processor seconds': {
+          'a clip': each, 'ratios of rounds': {name: {'lowest': r[0], 'median': statistics.median(r), 'highest': r[-1]}
+                                               for name, r in cpu.items()}},
+      'feeding': feeding(each, args.step_seconds, args.clips, cores),
       'peak MiB': {name: round(both[0] / 1024, 1) for name, both in peak.items()},
       'frames MiB': {name: round(both[1] / 1024, 1) for name, both in peak.items()},
       'rounds': {name: {'seconds': r.seconds, 'probe seconds': r.probe, 'cores of others': r.others}
@@ -178,12 +201,24 @@ def record(tasks, found, work, peak, args) -> dict:
       'void': void, 'verdict': 'shown' if not void and not short and args.rounds >= 5 else 'not shown', 'why': why}
 
 
+def feeding(each: Mapping[str, float], step_seconds: float, clips: int, cores: int) -> dict:
+  """Whether an accelerator whose step takes so long and `clips` clips would wait for this host. each: processor seconds
+  of a clip. Times are of reading alone: samples also have to be tokenised and packed."""
+  needs = {name: clips * seconds / step_seconds for name, seconds in each.items()}
+  return {'step seconds': step_seconds, 'clips a step': clips, 'cores': cores, 'needs cores': needs,
+          'waits': {name: need > cores for name, need in needs.items()}}
+
+
 def table(out: dict) -> str:
   ours, theirs, lines = out['arms']['keye_jax']['0'], out['baselines']['pyav'], []
+  feed, spread = out['feeding'], out['processor seconds']['ratios of rounds']
   for name, ratio in out['ratios of medians'].items():
     cells = [f'{side[f"{name}, median frames/s"]:.0f} frames/s {side[f"{name}, median clips/s"]:.2f} clips/s'
              for side in (ours, theirs)]
-    lines.append(f'{name:<30} {cells[0]} a core; bare PyAV {cells[1]}; x {ratio:.2f}; peak {out["peak MiB"][name]:.0f} '
-                 f'MiB, of which frames {out["frames MiB"][name]:.0f}' +
+    lines.append(f'{name:<30} {cells[0]} a core; bare PyAV {cells[1]}; x {ratio:.2f}; by processor time x '
+                 f'{spread[name]["median"]:.2f} ({spread[name]["lowest"]:.2f} to {spread[name]["highest"]:.2f}); peak '
+                 f'{out["peak MiB"][name]:.0f} MiB, of which frames {out["frames MiB"][name]:.0f}; '
+                 f'{feed["clips a step"]} clips in {feed["step seconds"]:g} s need {feed["needs cores"][name]:.1f} '
+                 f'cores of {feed["cores"]}: the accelerator {"waits" if feed["waits"][name] else "does not wait"}' +
                  (f'  VOID: {out["void"][name]}' if name in out['void'] else ''))
   return '\n'.join([*lines, f'{out["verdict"]}: {out["why"]}'])

@@ -270,3 +270,18 @@ def test_names_are_files_not_addresses(tmp_path, monkeypatch):
                                       '#EXT-X-ENDLIST\n')
   with pytest.raises(InputError, match='list.m3u8'):
     video.load_video('list.m3u8', SMALL)
+
+
+def test_a_short_clip_is_opened_once_and_one_that_is_sought_in_again(tmp_path, monkeypatch):
+  """With the frames and times that an opening for the times and another for the frames give."""
+  opens, plain = [], av.open
+  monkeypatch.setattr(av, 'open', lambda path, *args, **kwargs: opens.append(path) or plain(path, *args, **kwargs))
+  path = write(tmp_path / 'a.mp4', 100, options={'g': '20', 'bf': '2'})
+  for fps, kept, expected in ((2.0, containers.KEPT_BYTES, 1), (2.0, 1000, 2), (0.2, containers.KEPT_BYTES, 2)):
+    monkeypatch.setattr(containers, 'KEPT_BYTES', kept)
+    opens.clear()
+    clip = video.load_video(path, dataclasses.replace(SMALL, fps=fps))
+    assert len(opens) == expected
+    index = np.linspace(0, 99, int(10 * fps)).round().astype(int)
+    assert numbers(clip) == index.tolist()
+    np.testing.assert_allclose(clip.seconds_F, index / 10)
