@@ -147,14 +147,14 @@ def one_row(how, q_GNK, k_GSK, v_GSK, segment_S, order_S, index):
   def one(chunk):
     q_GNK, segment_T, order_T, index_queries = chunk
     visible_TS = visible(segment_T[:, None], segment_S, order_T[:, None], order_S, causal=True)
-    p_TS = head_mean(attend_one(q_GNK, k_GSK, v_GSK, visible_TS, scale)[2], size)
+    p_TS = head_mean(attend_one(q_GNK, k_GSK, v_GSK, tiles.bias(visible_TS), scale)[2], size)
     score_TS = score(products(index_queries[0], index[2]), index_queries[1]) if index else None
     view = View(p_TS, score_TS, visible_TS, order_T, order_S)
     which, k = how
     best_TS = oracle(view, k)
     others = [lambda fn=fn: fn(view, k) for fn in CHOOSERS[2:]] if index else [lambda: window(view, k)]
     mask_TS = jax.lax.switch(which, [lambda: visible_TS, lambda: best_TS, *others])
-    o_GNK, _, _ = attend_one(q_GNK, k_GSK, v_GSK, mask_TS, scale)
+    o_GNK, _, _ = attend_one(q_GNK, k_GSK, v_GSK, tiles.bias(mask_TS), scale)
     share = lambda part_T, whole_T: part_T / jnp.maximum(whole_T, 1e-9)
     return (o_GNK, share((p_TS * mask_TS).sum(-1), p_TS.sum(-1)),
             share((best_TS & mask_TS).sum(-1), best_TS.sum(-1)))

@@ -49,10 +49,11 @@ def expected(mask_MTS, x, carry):
   def one(mask_TS, q, do, iq, gate, dkl, delta):
     logits_GNS = jnp.where(jnp.tile(mask_TS, (R, 1)), tiles.dot('GNK,GSK->GNS', q, k_GSK) * SCALE, NEG_INF)
     lse_GN = jnp.where(jnp.tile(mask_TS.any(1), R), jax.nn.logsumexp(logits_GNS, -1), NEG_INF)
-    p_GNS, dq, dk, dv = tiles.gradients(q, k_GSK, v_GSK, lse_GN, delta, do, mask_TS, SCALE)
+    bias_TS = tiles.bias(mask_TS)
+    p_GNS, dq, dk, dv = tiles.gradients(q, k_GSK, v_GSK, lse_GN, delta, do, bias_TS, SCALE)
     z_ITS, p_TS = products(iq, x['ik']), head_mean(p_GNS, T)
     kl_T, index_lse_T = kl_one(score(z_ITS, gate), p_TS, mask_TS)
-    diq, dik, dgate = kl_gradient_one(z_ITS, p_TS, mask_TS, iq, x['ik'], gate, index_lse_T, dkl)
+    diq, dik, dgate = kl_gradient_one(z_ITS, p_TS, bias_TS, iq, x['ik'], gate, index_lse_T, dkl)
     return lse_GN, kl_T, index_lse_T, (dk.swapaxes(0, 1), dv.swapaxes(0, 1), dik), (dq, diq, dgate)
 
   lse, kl, index_lse, dkeys, dqueries = jax.vmap(one)(mask_MTS, *(x[n] for n in 'q do iq gate dkl delta'.split()))
