@@ -107,6 +107,7 @@ def test_read_a_layer_at_a_time_it_is_the_same_bits(params, eight):
   assert ('layers/mlp/gate_up', flat['layers/mlp/gate_up'].size) not in most
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_are_those_of_the_weights_it_stands_for(params, eight):
   """With blocks computed again, as large models do; and the loss is near that of the float base."""
   config, batch, own = dataclasses.replace(CONFIG, remat='block'), batches.mixed(B=2), pairs(params)
