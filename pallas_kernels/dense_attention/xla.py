@@ -20,6 +20,7 @@ from pallas_kernels.mask import NEG_INF, visible
 SMALL = 512                # rows with at most this many keys are one tile
 FEW = 16                   # so are this few queries (decoding), however many the keys
 QUERY_ROWS = 2048          # query rows of a tile, all heads together
+MASKS = 1 << 24            # places of query and key, of all rows together, up to which masks are made before the loop
 
 
 def dense_attention(q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, *, causal, scale):
@@ -49,9 +50,9 @@ def named(direction: str, causal: bool, fn, arrays):
 
 
 def _forward_all(causal, scale, q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS):
-  T, H, G = q_BTHK.shape[1], q_BTHK.shape[2], k_BSGK.shape[2]
+  (B, T, H, _), (_, S, G, _) = q_BTHK.shape, k_BSGK.shape
   places = q_segment_BT, k_segment_BS, q_order_BT, k_order_BS
-  row, mask, loop = of_rows(T, H, k_BSGK.shape[1], places, causal, forward_one, forward_tiles)
+  row, mask, loop = of_rows(B, T, H, S, places, causal, forward_one, forward_tiles)
   arrays = (tiles.stack_heads(q_BTHK, G), k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2), *mask)
   o_BGNK, lse_BGN = tiles.over_rows(functools.partial(row, scale=scale), arrays, loop)
   return tiles.unstack_heads(o_BGNK.astype(q_BTHK.dtype), T), tiles.unstack_heads(lse_BGN, T)
@@ -59,11 +60,11 @@ def _forward_all(causal, scale, q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_
 
 def _backward_all(causal, scale, q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, o_BTHK,
                   lse_BTH, do_BTHK):
-  T, H, G, S = q_BTHK.shape[1], q_BTHK.shape[2], k_BSGK.shape[2], k_BSGK.shape[1]
+  (B, T, H, _), (_, S, G, _) = q_BTHK.shape, k_BSGK.shape
   delta_BTH = (do_BTHK.astype(jnp.float32) * o_BTHK.astype(jnp.float32)).sum(-1)
   stack = functools.partial(tiles.stack_heads, G=G)
   places = q_segment_BT, k_segment_BS, q_order_BT, k_order_BS
-  row, mask, loop = of_rows(T, H, S, places, causal, backward_one, backward_tiles)
+  row, mask, loop = of_rows(B, T, H, S, places, causal, backward_one, backward_tiles)
   arrays = (stack(q_BTHK), k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2), stack(lse_BTH), stack(delta_BTH),
             stack(do_BTHK), *mask)
   dq, dk, dv = tiles.over_rows(functools.partial(row, scale=scale), arrays, loop)
@@ -78,19 +79,27 @@ def is_small(T: int, S: int) -> bool:
   return T <= FEW or max(T, S) <= max(SMALL, tiles.large())
 
 
-def of_rows(T: int, H: int, S: int, places, causal: bool, one: Callable, in_tiles: Callable):
+def of_rows(B: int, T: int, H: int, S: int, places, causal: bool, one: Callable, in_tiles: Callable):
   """(what computes a row, its last arguments of all rows, is the batch a loop)."""
   small = is_small(T, S)
   loop = not small or H * T * S >= tiles.MANY
-  return (one, (mask_bias(*places, causal),), loop) if small else (
-      functools.partial(in_tiles, causal=causal), places, loop)
+  if not small:
+    return functools.partial(in_tiles, causal=causal), places, loop
+  if masks_first(B, T, S):
+    return one, (mask_bias(*places, causal),), loop
+  return lambda *arrays, scale: one(*arrays[:-4], mask_bias(*arrays[-4:], causal), scale=scale), places, loop
 
 
-def mask_bias(q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, causal: bool) -> jax.Array:
-  """`tiles.bias` of small rows, before the loop over them. Computed inside it, the mask would be fused into the loops
-  over every head's logits, which then take 8 times as long on a CPU."""
-  return tiles.bias(visible(q_segment_BT[..., None], k_segment_BS[:, None], q_order_BT[..., None],
-                            k_order_BS[:, None], causal))
+def masks_first(B: int, T: int, S: int) -> bool:
+  """Whether the masks of small rows are made before the loop over them, where there is memory for all. Computed inside
+  it, a mask is fused into the loops over every head's logits, which then take 8 times as long on a CPU."""
+  return B * T * S <= MASKS
+
+
+def mask_bias(q_segment_T, k_segment_S, q_order_T, k_order_S, causal: bool) -> jax.Array:
+  """`tiles.bias` of a row, or with a leading B of all rows."""
+  return tiles.bias(visible(q_segment_T[..., :, None], k_segment_S[..., None, :], q_order_T[..., :, None],
+                            k_order_S[..., None, :], causal))
 
 
 def forward_one(q_GNK, k_GSK, v_GSK, bias_TS, *, scale):

@@ -9,7 +9,7 @@ import functools
 import jax.numpy as jnp
 
 from pallas_kernels import tiles
-from pallas_kernels.dense_attention.xla import attend_one
+from pallas_kernels.dense_attention.xla import attend_one, masks_first
 from pallas_kernels.dsa_attention import chunks
 from pallas_kernels.dsa_attention.gradient import Passes, attend
 from pallas_kernels.dsa_attention.output import DSAOutput
@@ -43,8 +43,11 @@ def backward(options, rows: Row, selection, *saved):
   small, loop = shape(options, rows)
   if not small:
     return tiles.over_rows(functools.partial(chunks.backward, options), (rows, selection, *saved), loop)
-  bias_BTS = tiles.over_rows(selected_bias, (rows, selection), loop)
-  return tiles.over_rows(functools.partial(backward_one, options), (rows, bias_BTS, *saved), loop)
+  one = functools.partial(backward_one, options)
+  if masks_first(*rows.q_order_T.shape, rows.k_order_S.shape[1]):
+    return tiles.over_rows(one, (rows, tiles.over_rows(selected_bias, (rows, selection), loop), *saved), loop)
+  return tiles.over_rows(lambda row, selection, *saved: one(row, selected_bias(row, selection), *saved),
+                         (rows, selection, *saved), loop)
 
 
 def scores_one(row: Row):
@@ -66,7 +69,7 @@ def forward_one(options, row: Row, selection: Selection | None):
 
 
 def selected_bias(row: Row, selection: Selection):
-  """`tiles.bias` of a row. In a loop of its own, for the reason of `dense_attention.xla.mask_bias`."""
+  """`tiles.bias` of a row."""
   return tiles.bias(search.kept(scores_one(row), row.k_order_S, *selection))
 
 

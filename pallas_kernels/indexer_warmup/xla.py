@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tiles
-from pallas_kernels.dense_attention.xla import cut_queries, cut_row, is_small, key_tile, mask_bias
+from pallas_kernels.dense_attention.xla import cut_queries, cut_row, is_small, key_tile, mask_bias, masks_first
 from pallas_kernels.equation import equation, kept
 from pallas_kernels.index_select.xla import products, score
 from pallas_kernels.mask import NEG_INF
@@ -63,8 +63,10 @@ def run(scale, one, in_tiles, rows: Row, *saved):
   small, loop = shape(rows)
   if not small:
     return tiles.over_rows(functools.partial(in_tiles, scale), (rows, *saved), loop)
-  bias_BTS = mask_bias(rows.q_segment_T, rows.k_segment_S, rows.q_order_T, rows.k_order_S, causal=True)
-  return tiles.over_rows(functools.partial(one, scale), (rows, bias_BTS, *saved), loop)
+  bias = lambda row: mask_bias(row.q_segment_T, row.k_segment_S, row.q_order_T, row.k_order_S, causal=True)
+  if masks_first(*rows.q_order_T.shape, rows.k_order_S.shape[1]):
+    return tiles.over_rows(functools.partial(one, scale), (rows, bias(rows), *saved), loop)
+  return tiles.over_rows(lambda row, *saved: one(scale, row, bias(row), *saved), (rows, *saved), loop)
 
 
 def _backward(scale, saved, dkl_BT):
