@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.schema import PolicyBatch
+from keye_jax.nn.decoder import Aux
 from keye_jax.objectives.policy import GRPO_CLIP, GSPO_CLIP, group_advantage, grpo, gspo
 from tests.tolerances import assert_close
 
@@ -20,17 +21,10 @@ class Rows(NamedTuple):
   segment_BT: Any
 
 
-class Aux(NamedTuple):
-  balance_LB: Any = None
-  load_LE: Any = None
-  kl_LBT: Any = None
-  dropped_L: Any = None
-
-
 class Output(NamedTuple):
   hidden_BTD: Any            # here the log-probabilities themselves, [B, T]
   head_DV: Any = None
-  aux: Any = Aux()
+  aux: Any = Aux(None, None, None, None)
   stayed: Any = None
 
 
@@ -217,7 +211,7 @@ def test_a_batch_without_a_response_costs_nothing():
 
 def test_router_and_indexer_are_beside_it():
   logp_BT, batch = packed(noise=0)
-  aux = Aux(jnp.array([[2.0, 4.0]]), jnp.ones((1, 4)), jnp.full((1, 2, 10), 0.5))
+  aux = Aux(jnp.array([[2.0, 4.0]]), jnp.ones((1, 4)), jnp.full((1, 2, 10), 0.5), None)
   with_them, without = (gspo('train', *weights, WIDE, stats) for weights in ((0.1, 10.0), (0.0, 0.0)))
   out = Output(jnp.asarray(logp_BT, jnp.float32), aux=aux)
   totals = with_them.totals(batch)
