@@ -34,7 +34,7 @@ def start(config, out, count: int = 2, devices: int = 1) -> list[subprocess.Pope
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
   env = dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS='cpu', KEYE_COORDINATOR=f'127.0.0.1:{port}',
-             KEYE_PROCESSES=str(count), XLA_FLAGS=compiling.flags(0, devices),       # no top-k here
+             KEYE_PROCESSES=str(count), XLA_FLAGS=compiling.flags(devices),
              JAX_COMPILATION_CACHE_DIR=str(ROOT / '.jax_cache'),
              JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0', JAX_DEFAULT_MATMUL_PRECISION='highest')
   argv = [sys.executable, '-m', 'launch.cli', 'train', '--config', str(config), '--out', str(out), '--json']
