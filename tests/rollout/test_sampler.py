@@ -130,7 +130,7 @@ def test_draw_keeps_what_it_should():
   logits = jnp.log(jnp.asarray([[[.5, .3, .15, .05]]]))
   for sampling, allowed in ((sampler.Sampling(1., top_k=2), {0, 1}), (sampler.Sampling(1., top_p=.6), {0, 1}),
                             (sampler.Sampling(1., top_p=.1), {0}), (sampler.Sampling(0.), {0})):
-    draw = jax.vmap(lambda k: sampler.draw('decode', logits, sampling, k)[0][0, 0])
+    draw = jax.jit(jax.vmap(lambda k: sampler.draw('decode', logits, sampling, k)[0][0, 0]))
     assert set(np.asarray(draw(jax.random.split(jax.random.key(0), 200))).tolist()) == allowed
 
 
