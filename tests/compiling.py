@@ -1,6 +1,11 @@
-"""How XLA compiles the tests' programs. Compiling is most of their time."""
+"""How XLA compiles the tests' programs, in this process and those it starts. Compiling is most of their time."""
 import importlib.metadata
+import os
+import pathlib
 import platform
+
+ROOT = pathlib.Path(__file__).parent.parent
+CACHE = ROOT / '.jax_cache'
 
 
 def flags(devices: int) -> str:
@@ -19,3 +24,10 @@ def flags(devices: int) -> str:
   former = importlib.metadata.version('jaxlib').startswith('0.10.')
   return ' '.join([f'--xla_force_host_platform_device_count={devices}', *level,
                    *['--xla_cpu_use_fusion_emitters=false'] * former])
+
+
+def environment() -> dict[str, str]:
+  """Of a process that runs a command of this checkout as conftest.py sets this one up. Even its small programs are kept
+  for the next process."""
+  return dict(os.environ, PYTHONPATH=str(ROOT), JAX_COMPILATION_CACHE_DIR=str(CACHE),
+              JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0', JAX_DEFAULT_MATMUL_PRECISION='highest')

@@ -1,5 +1,4 @@
 """Several processes of one `keye train` on this machine, under jax.distributed with gloo."""
-import os
 import pathlib
 import socket
 import subprocess
@@ -33,10 +32,9 @@ def start(config, out, count: int = 2, devices: int = 1) -> list[subprocess.Pope
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
-  env = dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS='cpu', KEYE_COORDINATOR=f'127.0.0.1:{port}',
-             KEYE_PROCESSES=str(count), XLA_FLAGS=compiling.flags(devices),
-             JAX_COMPILATION_CACHE_DIR=str(ROOT / '.jax_cache'),
-             JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0', JAX_DEFAULT_MATMUL_PRECISION='highest')
+  env = compiling.environment() | dict(
+      JAX_PLATFORMS='cpu', KEYE_COORDINATOR=f'127.0.0.1:{port}', KEYE_PROCESSES=str(count),
+      XLA_FLAGS=compiling.flags(devices))
   argv = [sys.executable, '-m', 'launch.cli', 'train', '--config', str(config), '--out', str(out), '--json']
   return [subprocess.Popen(argv, cwd=ROOT, env=dict(env, KEYE_PROCESS=str(i)), text=True, stdout=subprocess.PIPE,
                            stderr=subprocess.PIPE) for i in range(count)]

@@ -19,7 +19,7 @@ from keye_jax.hf import reader, writer
 from keye_jax.nn import head, keye, lora
 from keye_jax.steps import state as state_lib
 from launch import export
-from tests import tiny_run
+from tests import compiling, tiny_run
 from tests.launch.test_hf_commands import command
 from tests.parity.fixtures import text_batch
 from tests.test_loop import losses, stop_when
@@ -254,8 +254,7 @@ def test_killed_it_goes_on_to_the_same_losses(finished, base, data, tmp_path):
   file.write_text('from keye_jax.config import to_dict\nfrom tests import test_adapters\ndef get_config(variant=""):\n'
                   f'  return to_dict(test_adapters.config_of({str(data)!r}, {str(base)!r}))\n')
   argv = [sys.executable, '-m', 'launch.cli', 'train', '--config', str(file), '--out', str(out), '--json']
-  env = dict(os.environ, PYTHONPATH=str(ROOT), JAX_COMPILATION_CACHE_DIR=str(ROOT / '.jax_cache'),
-             JAX_DEFAULT_MATMUL_PRECISION='highest')
+  env = compiling.environment()
   code, _ = stop_when(argv, env, lambda: checkpoint.whole(out / 'checkpoints'), signal.SIGKILL)
   assert code == -signal.SIGKILL
   done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -2,7 +2,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import random
 import signal
@@ -18,7 +17,7 @@ from data_pipelines.errors import InputError
 from keye_jax import checkpoint, loop, meter, metrics, run_folder
 from keye_jax.checkpoint import CUT_OFF
 from keye_jax.config import SourceConfig
-from tests import tiny_run
+from tests import compiling, tiny_run
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -182,8 +181,7 @@ def command(data, out, tmp_path, **train):
   file.write_text(f'from keye_jax.config import to_dict\nfrom tests import tiny_run\n'
                   f'def get_config(variant=""):\n  return to_dict(tiny_run.config({str(data)!r}, **{train!r}))\n')
   argv = [sys.executable, '-m', 'launch.cli', 'train', '--config', str(file), '--out', str(out), '--json']
-  return argv, dict(os.environ, PYTHONPATH=str(ROOT), JAX_COMPILATION_CACHE_DIR=str(ROOT / '.jax_cache'),
-                    JAX_DEFAULT_MATMUL_PRECISION='highest')          # as in conftest.py
+  return argv, compiling.environment()
 
 
 def stop_when(argv, env, ready, number) -> tuple[int, str]:
