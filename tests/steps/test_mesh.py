@@ -37,8 +37,11 @@ def mesh(*shape):
 
 
 def one_step(config, params, batch, accumulate):
-  """Parameters and metrics after one step of plain gradient descent, supervised or on responses."""
-  tx = optax.sgd(1.0)
+  """Parameters and metrics after one step of plain gradient descent, supervised or on responses.
+
+  A long step: after one of the gradient's own size, the rounding of a norm's scale near 1 is 1e-5 of what moved it.
+  """
+  tx = optax.sgd(64.0)
   if isinstance(batch, PolicyBatch):
     objective, apply = gspo('train', 0.0, 1.0), lambda params, rows: keye.apply(config, params, rows.batch)
   else:
