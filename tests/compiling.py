@@ -11,10 +11,11 @@ CACHE = ROOT / '.jax_cache'
 def flags(devices: int) -> str:
   """XLA_FLAGS of so many CPU devices.
 
-  At its level 0 LLVM compiles in a third of the time of its usual level, but fuses a product and a sum into one
-  rounding in some copies of an expression and not in others. A score that is computed again, beside the threshold of a
-  top-k, must be the same bits, or the last key is lost. AVX has no such fused instruction; other processors than x86
+  At its level 0 LLVM compiles in a third of the time of its usual level, but with fused multiply-adds copies of one
+  expression can differ by a rounding. A score that is computed again, beside the threshold of a top-k, must be the same
+  bits, or the last key is lost (tests/nn/test_keye.py, meshes). AVX has no such instruction; other processors than x86
   take level 1.
+
   XLA's former code generator for loops compiles in half the time of the one that replaced it; from jaxlib 0.11 on
   there is only the latter.
   """
