@@ -28,6 +28,8 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(f'--{name}', action='append', default=[], choices=choices, help='only these; several times')
   parser.add_argument('--length', action='append', default=[], type=int,
                       help=f'keys, several times; default {", ".join(map(str, LENGTHS))}')
+  parser.add_argument('--shared', action='store_true',
+                      help="tell shared memory of a GPU's kernels too, which takes minutes for a row")
   parser.add_argument('--json', action='store_true', help='print one JSON object instead of a table')
   args = parser.parse_args(words)
   if bad := [n for n in args.length if n < 1]:
@@ -35,12 +37,12 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
   return args
 
 
-def compiled(specs: Sequence[Row]) -> Iterator[dict]:
+def compiled(specs: Sequence[Row], shared: bool = False) -> Iterator[dict]:
   """One result a row, in order. A child process that dies is that row's error, and the rest go on in a new one."""
   specs = list(specs)
   while specs:
-    child = subprocess.Popen([sys.executable, '-m', 'pallas_kernels.aot.child', json.dumps(specs)], text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | ENVIRONMENT)
+    child = subprocess.Popen([sys.executable, '-m', 'pallas_kernels.aot.child', json.dumps([specs, shared])],
+                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | ENVIRONMENT)
     tail = collections.deque(maxlen=5)
     reader = threading.Thread(target=tail.extend, args=(child.stderr,))
     reader.start()
@@ -68,6 +70,7 @@ def line(result: dict) -> str:
   vmem = f', VMEM {result["vmem bytes"] / MIB:.1f}' if 'vmem bytes' in result else ''
   over = ' OVER THE LIMIT' if failed(result) else ''
   end = ''.join(f'\n  {name}: {k["registers"]} registers, {k["spill bytes"]} bytes spilled'
+                + (f', {k["shared bytes"]:,} bytes shared' if 'shared bytes' in k else '')
                 for name, k in result.get('gpu kernels', {}).items())
   return f'{where}{result["implementation"]:<4} {size} MiB{limit}{vmem}, compiled in {result["seconds"]} s{over}{end}'
 
@@ -91,7 +94,7 @@ def main(words: Sequence[str] | None = None) -> int:
             "pip install 'keye_jax[aot]'", file=sys.stderr)
       return 2
   results = []
-  for spec, found in zip(specs, compiled(specs)):
+  for spec, found in zip(specs, compiled(specs, args.shared)):
     results.append(spec._asdict() | {'limit bytes': spec.limit} | found)
     print(f'{len(results)}/{len(specs)} {line(results[-1])}', file=sys.stderr if args.json else sys.stdout, flush=True)
   if args.json:

@@ -1,4 +1,5 @@
-"""Compiles the rows of its argument (a JSON list) and prints one JSON line for each.
+"""Compiles the rows of its argument (JSON: rows, and whether shared memory is asked for) and prints one JSON line for
+each.
 
 It runs in a process of its own, since the environment of a compiler for absent devices is not that of the caller and
 a compiler may take its process down.
@@ -16,8 +17,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch
+from pallas_kernels.aot.gpu_kernels import DUMP, assembled
 from pallas_kernels.aot.programs import program
-from pallas_kernels.aot.registers import assembled
 from pallas_kernels.aot.rows import TARGETS, Row
 from pallas_kernels.aot.topology import devices
 
@@ -27,7 +28,7 @@ def mesh(target: str):
   return jax.make_mesh((1,), ('device',), (AxisType.Explicit,), devices=devices(TARGETS[target][2])[:1])
 
 
-def compile_row(row: Row) -> dict:
+def compile_row(row: Row, shared: bool) -> dict:
   """{implementation, seconds, bytes ...} of a compiled row. Raises what the compiler raises."""
   on = mesh(row.target)
   with jax.set_mesh(on):
@@ -38,7 +39,7 @@ def compile_row(row: Row) -> dict:
     started, gpu = time.monotonic(), TARGETS[row.target][1] == 'cuda'
     lowered = jax.jit(local).trace(*jax.tree.map(place, arguments)).lower()
     with tempfile.TemporaryDirectory() as folder:
-      compiled = lowered.compile({'xla_dump_to': folder} if gpu else None)
+      compiled = lowered.compile({'xla_dump_to': folder} | (DUMP if shared else {}) if gpu else None)
       seconds = time.monotonic() - started
       found = {'gpu kernels': assembled(folder)} if gpu else kernels(compiled.as_text())
   memory = compiled.memory_analysis()
@@ -65,10 +66,10 @@ def first_lines(error: Exception) -> str:
 def main() -> None:
   answers = os.fdopen(os.dup(1), 'w')
   with contextlib.redirect_stdout(sys.stderr):           # a compiler may write to stdout
-    for spec in json.loads(sys.argv[1]):
-      row = Row(*spec)
+    specs, shared = json.loads(sys.argv[1])
+    for spec in specs:
       try:
-        found = compile_row(row)
+        found = compile_row(Row(*spec), shared)
       except Exception as e:     # whatever a compiler says is the result of the row
         found = {'error': first_lines(e)}
       print(json.dumps(found), file=answers, flush=True)

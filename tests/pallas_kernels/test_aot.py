@@ -7,7 +7,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from pallas_kernels import dispatch
 from pallas_kernels.aot import __main__ as aot
-from pallas_kernels.aot import registers, rows, topology
+from pallas_kernels.aot import gpu_kernels, rows, topology
 from pallas_kernels.aot.programs import program
 
 
@@ -41,7 +41,7 @@ def test_filters():
 def test_exit_code_and_json(monkeypatch, capsys, results, code):
   whole = {'implementation': 'xla', 'seconds': 1.0, 'argument bytes': 1, 'output bytes': 1}
   monkeypatch.setattr(aot, 'installed', lambda target: True)
-  monkeypatch.setattr(aot, 'compiled', lambda specs: [r if 'error' in r else whole | r for r in results])
+  monkeypatch.setattr(aot, 'compiled', lambda specs, shared: [r if 'error' in r else whole | r for r in results])
   words = ['--op', 'dsa_attention', '--target', 'v5p', '--length', '262144', '--direction', 'forward', '--json']
   assert aot.main(words) == code
   said = json.loads(capsys.readouterr().out)
@@ -78,14 +78,20 @@ ptxas info    : Used 12 registers, used 0 barriers
 """
 
 
-def test_registers_and_spills_of_each_kernel():
-  found = registers.kernels(SAID)
+def test_registers_spills_and_shared_memory_of_each_kernel(tmp_path):
+  found = gpu_kernels.registers(SAID)
   assert found == {'_kth_1': {'registers': 128, 'spill bytes': 16}, '_scores': {'registers': 168, 'spill bytes': 0}}
+  passes = '// Before allocation\nmodule {}\n// Before the next pass\nmodule attributes {ttg.shared = 40960 : i32} {}\n'
+  (tmp_path / 'jit_f._scores.triton-to-llvm.txt').write_text(passes)
+  (tmp_path / 'jit_f._scores_1.triton-to-llvm.txt').write_text(passes.replace('40960', '8'))
+  assert gpu_kernels.shared(str(tmp_path), '_scores') == {'shared bytes': 40960}
+  assert gpu_kernels.shared(str(tmp_path), '_kth_1') == {}
   row = rows.rows(['index_select'], targets=['h100'], lengths=[4096])[0]._asdict()
   sizes = {'implementation': 'gpu', 'seconds': 1.0, 'limit bytes': None,
            **{f'{name} bytes': 2**20 for name in ('argument', 'output', 'temp')}}
+  found['_scores']['shared bytes'] = 40960
   assert aot.line(row | sizes | {'gpu kernels': found}).splitlines()[1:] == [
-    '  _kth_1: 128 registers, 16 bytes spilled', '  _scores: 168 registers, 0 bytes spilled']
+    '  _kth_1: 128 registers, 16 bytes spilled', '  _scores: 168 registers, 0 bytes spilled, 40,960 bytes shared']
 
 
 @pytest.mark.parametrize('size, shape', [('1', '1x1x1'), ('8', '1x1x8'), ('64', '8x1x8')])
