@@ -14,21 +14,25 @@ one.
     score          all index scores, reduced to their maxima
     select         what the exact top-k adds to that
     selection      both together, where scores were not timed beside it
-    attend         replay of a selection less its scores; on a GPU and in decoding `sparse` less a selection
+    attend         attention to a selection that is given; on a GPU and in decoding `sparse` less a selection
     training       backward only: the fused op with the indexer's loss and all gradients, what an update runs
 
 Backward is the forward pass and the gradients of q, k and v; decode one new token after the others. Rows that do not
 depend on u are measured once, beside the inputs of u = 4, or beside the first when that is not asked for. Each has its
 FLOPs, least bytes and the fraction of this device's roofline, which is measured in the same run.
 
-On a CPU all is float32, and other processes make a run void. On a GPU it is bfloat16, in rows of up to 262144 tokens
-and decoding steps of 16 and 64 sequences, and dense attention is that of others, timed in the same rounds
-(launch/bench_attention_peers.py); our own, which is made for CPUs and starts many small programs there, only up to
-32768 tokens. Programs are compiled ahead, by as many cores as `--threads` allows, and the cells that the claim needs
-come first. The output of the last queries is compared with the definition of sparse attention there (`off`).
+On a CPU all is float32. Of a row of prefill one query in 8 is at work, in runs of 128 spread evenly over it, with all
+keys: an eighth of the row's work, as a device of eight has that share it. Parts that go over whole tiles are measured
+up to 65536 tokens. Other processes make a run void, and since such machines change their speed, the claim is judged by
+the rounds that suit it least: the fastest of dense attention, the slowest of the rest, the steepest growth.
 
-`--out` is written after each cell. `--seconds` ends the run at the first cell after so long; what it leaves out is in
-the record. A part that fails is a row with its error.
+On a GPU all is bfloat16, in whole rows of up to 262144 tokens and decoding steps of 16 and 64 sequences, and dense
+attention is that of others, timed in the same rounds (launch/bench_attention_peers.py); our own, which is made for CPUs
+and starts many small programs there, only up to 32768 tokens. Programs are compiled ahead, by as many cores as
+`--threads` allows. The output of the last queries is compared with the definition of sparse attention there (`off`).
+
+The cells that the claim needs come first. `--out` is written after each cell. `--seconds` ends the run at the first
+cell after so long; what it leaves out is in the record. A part that fails is a row with its error.
 """
 import argparse
 import json
@@ -50,7 +54,7 @@ from launch.bench_attention_compile import Made, compiled, first_lines, key
 from launch.bench_attention_parts import Shape
 from launch.bench_attention_record import record, summary, table
 from launch.bench_attention_settings import KINDS, UNIONS, Cell, Part, Setting
-from launch.bench_timing import probe, timed
+from launch.bench_timing import timed
 from pallas_kernels import dispatch
 
 
@@ -93,6 +97,9 @@ def chosen(args: argparse.Namespace, setting: Setting) -> list[Cell]:
     raise InputError('decoding has no backward pass; choose another --phase or --direction')
   if args.length:
     setting = setting._replace(unions=())
+  if bad := [n for n in lengths if setting.share > 1 and n % (setting.share * parts.RUN)]:
+    raise InputError(f'--length {bad[0]}: one query in {setting.share} is measured, in runs of {parts.RUN}; write a '
+                     f'multiple of {setting.share * parts.RUN}')
   unions = [u for u in UNIONS if str(u) in (args.union or map(str, UNIONS))]
   return settings.cells(setting, lengths, unions, kinds, sorted(set(args.batch or setting.batches)))
 
@@ -111,7 +118,7 @@ def measure(shape: Shape, cells: Sequence[Cell], setting: Setting, roof: bench_r
 
 def measure_cell(shape: Shape, cell: Cell, setting: Setting, made: Made, roof: bench_roofline.Roofline, rounds: int,
                  say: Callable[[str], None]) -> list[dict]:
-  """One row a part: seconds (best and median of the rounds), FLOPs, bytes, fraction of the roofline, temporaries,
+  """One row a part: seconds (best, median, worst of the rounds), FLOPs, bytes, fraction of the roofline, temporaries,
   whether void; or the error of a part. Whatever a device or a compiler raises is the result of a row."""
   about = {'phase': cell.phase, 'direction': cell.direction, 'tokens': cell.tokens, 'batch': cell.batch,
            'union': cell.union}
@@ -142,19 +149,19 @@ def measure_cell(shape: Shape, cell: Cell, setting: Setting, made: Made, roof: b
   say(f'{settings.title(cell)}: u = {u:.2f}, about {once * count:.0f} s')
   sides = {name: lambda fn=fn, n=calls[name]: timed(fn, *a, calls=n)[0] for name, fn in programs.items()}
   try:
-    found = bench_rounds.alternate(sides, probe() if setting.watched else None, count)
+    found = bench_rounds.alternate(sides, None, count)
   except Exception as e:
     return rows + failed(programs, first_lines(e))
   width = jnp.dtype(setting.dtype).itemsize
   for name, seconds in parts.differences(found.seconds).items():
-    need = parts.work(shape, cell.tokens, Part(cell.phase, cell.direction, name), u, cell.batch, width)
+    need = parts.work(shape, cell.tokens, Part(cell.phase, cell.direction, name), u, cell.batch, width, setting.share)
     best, program = min(seconds), programs.get(name)
     rows.append({**about, 'part': name, 'u': round(u, 3), 'rounds': count,
-                 'seconds': {'best': best, 'median': float(np.median(seconds))}, **need,
+                 'seconds': {'best': best, 'median': float(np.median(seconds)), 'worst': max(seconds)}, **need,
                  'roofline': bench_roofline.fraction(roof, need['flops'], need['bytes'], best),
                  'temp bytes': program and program.memory_analysis().temp_size_in_bytes,
                  'off': off(**ends) if name == 'sparse' and len(ends) == 2 else None,
-                 'void': bench_rounds.void(found)})
+                 'void': bench_rounds.loaded(found) if setting.watched else ''})
   return rows
 
 
@@ -163,7 +170,7 @@ def prepared(shape: Shape, cell: Cell, setting: Setting, names: Sequence[str]) -
   if cell.phase == 'decode':
     x, u = parts.decode_inputs(shape, cell.tokens, cell.batch, setting.dtype), 1.0
   else:
-    x = parts.inputs(shape, cell.tokens, cell.union, setting.dtype)
+    x = parts.inputs(shape, cell.tokens, cell.union, setting.dtype, setting.share)
     u = parts.union_factor(shape, x)
   return parts.prepare(shape, cell, names, x), u
 

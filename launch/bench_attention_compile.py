@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from launch import bench_attention_parts as parts
 from launch import bench_attention_settings as settings
@@ -63,10 +64,10 @@ def first_lines(error: BaseException) -> str:
 
 def shapes(shape: Shape, cell: Cell, setting: Setting) -> tuple:
   """Shapes of `parts.arguments`, for which nothing is computed."""
-  queries = 1 if cell.phase == 'decode' else cell.tokens
+  at_T = jnp.zeros(1 if cell.phase == 'decode' else cell.tokens // setting.share, jnp.int32)
 
   def make():
-    x = parts.draw(shape, cell.tokens, cell.batch, queries, setting.dtype, 0)[0]
+    x = parts.draw(shape, cell.tokens, cell.batch, at_T, setting.dtype, 0)[0]
     return parts.arguments(parts.prepare(shape, cell, settings.parts(setting, cell), x), cell.direction)
 
   return jax.eval_shape(make)

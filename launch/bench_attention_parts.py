@@ -9,19 +9,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from launch import bench_attention_gpu
+from launch import bench_attention_cpu, bench_attention_gpu
 from launch import bench_attention_peers as peers
 from launch.bench_attention_settings import DENSE, Cell, Part
 from pallas_kernels import dispatch
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.dsa_attention import dsa_attention
 from pallas_kernels.dsa_decode import PAGE, Pages, dsa_decode
-from pallas_kernels.index_select import Selection, index_select, reference, xla
+from pallas_kernels.index_select import index_select, reference
 from pallas_kernels.mask import visible
 
 NEIGHBOURS = 16                # queries of u
 CHECKED = 16                   # last queries of a row that are computed as their definition
+RUN = 128                      # neighbouring queries of a share of a row
 
 
 class Shape(NamedTuple):
@@ -42,7 +44,7 @@ class Inputs(NamedTuple):
   ik: jax.Array
   gate: jax.Array
   place: tuple[jax.Array, ...]      # segments of queries and keys, orders of queries and keys
-  selection: Selection | None = None
+  word_CMS: jax.Array | None = None       # bench_attention_cpu.words
   heads_first: tuple[jax.Array, jax.Array] | None = None     # k and v, [B, G, S, K]
 
   @property
@@ -54,9 +56,18 @@ class Inputs(NamedTuple):
     return self.q, self.k, self.v, *self.index
 
 
-def draw(shape: Shape, n: int, batch: int, queries: int, dtype: str, seed: int) -> tuple[Inputs, jax.Array]:
-  """Random inputs of the last `queries` of n tokens, and index queries that each NEIGHBOURS queries have in common.
+def places(n: int, share: int) -> np.ndarray:
+  """Orders of the queries of a share of a row of n tokens: all of them, or one in `share`, in runs of RUN spread evenly
+  over the row, which cost that part of what all do."""
+  at_T = np.arange(n, dtype=np.int32)
+  return at_T if share == 1 else at_T.reshape(-1, share, RUN)[:, share // 2].reshape(-1)
+
+
+def draw(shape: Shape, n: int, batch: int, at_T: jax.Array, dtype: str, seed: int) -> tuple[Inputs, jax.Array]:
+  """Random inputs of the queries at `at_T` of n tokens, and index queries that each NEIGHBOURS queries have in common.
   One row at a time, so that nothing wider than dtype is ever held."""
+  queries = len(at_T)
+
   def normal(n, count, *s):
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), n), batch)
     return jax.lax.map(lambda key: jax.random.normal(key, (count, *s), dtype), keys)
@@ -65,9 +76,9 @@ def draw(shape: Shape, n: int, batch: int, queries: int, dtype: str, seed: int) 
   k, v = (normal(i, n, shape.kv_heads, shape.width) for i in (2, 3))
   common = normal(5, -(-queries // NEIGHBOURS), shape.index_heads, shape.index_width)
   gate = jnp.full((batch, queries, shape.index_heads), shape.index_width ** -0.5)
-  order = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (batch, n))
-  segment = jnp.full((batch, n), 1 << 8, jnp.int32)
-  place = segment[:, n - queries:], segment, order[:, n - queries:], order
+  rows = lambda x: jnp.broadcast_to(x, (batch, len(x)))
+  segment = jnp.full(n, 1 << 8, jnp.int32)
+  place = rows(segment[:queries]), rows(segment), rows(at_T), rows(jnp.arange(n, dtype=jnp.int32))
   return Inputs(q, k, v, iq, normal(4, n, shape.index_width), gate, place), common
 
 
@@ -77,18 +88,20 @@ def mix(own, common, noise):
   return (common * (1 - noise ** 2) ** 0.5 + own.astype(jnp.float32) * noise).astype(own.dtype)
 
 
-_draw, _mix = jax.jit(draw, static_argnums=range(6)), jax.jit(mix, donate_argnums=0)
+_draw, _mix = jax.jit(draw, static_argnums=(0, 1, 2, 4, 5)), jax.jit(mix, donate_argnums=0)
 
 
-def inputs(shape: Shape, n: int, union: int | str, dtype: str = 'float32', seed: int = 0) -> Inputs:
-  """A row of n tokens; index queries of neighbours share a direction as far as u = `union` at the row's end asks for,
-  found by bisection on the last queries."""
-  x, common = _draw(shape, n, 1, n, dtype, seed)
+def inputs(shape: Shape, n: int, union: int | str, dtype: str = 'float32', share: int = 1, seed: int = 0) -> Inputs:
+  """A row of n tokens, of its queries one in `share`; index queries of neighbours share a direction as far as
+  u = `union` at the row's end asks for, found by bisection on the last queries."""
+  at_T = places(n, share)
+  x, common = _draw(shape, n, 1, at_T, dtype, seed)
   if union == 'random':
     return x
-  count = min(n - n % NEIGHBOURS, 4 * NEIGHBOURS)
-  cut = n - n % NEIGHBOURS - count
-  end = last(x, n - cut)
+  T = len(at_T)
+  count = min(T - T % NEIGHBOURS, 4 * NEIGHBOURS)
+  cut = T - T % NEIGHBOURS - count
+  end = last(x, T - cut)
   low, high = 0.0, 1.0
   for _ in range(0 if union == 1 else 12):
     middle = (low + high) / 2
@@ -99,7 +112,7 @@ def inputs(shape: Shape, n: int, union: int | str, dtype: str = 'float32', seed:
 
 def decode_inputs(shape: Shape, n: int, batch: int, dtype: str = 'float32', seed: int = 0) -> Inputs:
   """The last token of `batch` rows of n tokens."""
-  return _draw(shape, n, batch, 1, dtype, seed)[0]
+  return _draw(shape, n, batch, np.array([n - 1], np.int32), dtype, seed)[0]
 
 
 def last(x: Inputs, count: int) -> Inputs:
@@ -126,14 +139,14 @@ def _union_factor(shape: Shape, iq, ik, gate, q_segment, k_segment, q_order, k_o
 
 def prepare(shape: Shape, cell: Cell, parts: Sequence[str], x: Inputs) -> Inputs:
   """x with what programs are given that is not theirs to find."""
-  if 'replay' in parts and cell[:2] == ('prefill', 'forward'):
-    x = x._replace(selection=_select(shape.topk, *x.index))
+  if 'attend' in parts:
+    x = x._replace(word_CMS=_words(shape.topk, x.everything))
   if cell.phase == 'decode' and set(peers.HEADS_FIRST) & set(parts):
     x = x._replace(heads_first=_heads_first(x.k, x.v))
   return x
 
 
-_select = jax.jit(lambda topk, *index: index_select(*index, topk=topk), static_argnums=0)
+_words = jax.jit(bench_attention_cpu.words, static_argnums=0)
 _heads_first = jax.jit(lambda k, v: (k.swapaxes(1, 2), v.swapaxes(1, 2)))
 
 
@@ -150,7 +163,7 @@ def programs(shape: Shape, phase: str, direction: str) -> dict[str, Callable]:
   if direction == 'backward':
     return backward(shape, dense, sparse, masked)
   kernels = dispatch.platform() == 'gpu'
-  scores = bench_attention_gpu.score if kernels else score_maxima
+  scores = (bench_attention_gpu if kernels else bench_attention_cpu).score
   found = {'score': lambda x: jax.lax.map(lambda row: scores(*row), x.index),
            'selection': lambda x: index_select(*x.index, topk=shape.topk),
            'dense': lambda x: dense(x.q, x.k, x.v, *x.place), 'masked_dense': lambda x: masked(*x.everything).o_BTHK}
@@ -161,7 +174,7 @@ def programs(shape: Shape, phase: str, direction: str) -> dict[str, Callable]:
       found |= {'selection': lambda x: dsa_decode(x.q, *paged(x), topk=shape.topk).selection}
     return found | {name: lambda x, fn=fn: fn(x.q, *x.heads_first) for name, fn in peers.HEADS_FIRST.items()}
   found |= {'sparse': lambda x: sparse(*x.everything).o_BTHK,
-            'replay': lambda x: sparse(*x.everything, selection=x.selection).o_BTHK,
+            'attend': lambda x: bench_attention_cpu.attend(shape.topk, x.everything, x.word_CMS),
             'reference': lambda x: sparse(*last(x, CHECKED).everything, implementation='reference').o_BTHK}
   return found | {name: lambda x, fn=fn: fn(x.q, x.k, x.v) for name, fn in peers.PREFILL.items()}
 
@@ -199,33 +212,22 @@ def paged(x: Inputs) -> tuple:
   return Pages(cut(x.k), cut(x.v), cut(x.ik), None), x.iq, x.gate, table, jnp.full(B, n, jnp.int32)
 
 
-def score_maxima(iq_TIJ, ik_SJ, gate_TI, q_segment_T, k_segment_S, q_order_T, k_order_S):
-  """The largest index score of each query, [T], through the buffers that a selection uses."""
-  keys = xla.cut_keys(xla.WIDE, ik_SJ, k_segment_S, k_order_S)
-  size = min(len(q_order_T), xla.QUERIES)
-  queries = xla.cut_queries(size, iq_TIJ.swapaxes(0, 1), gate_TI, q_segment_T, q_order_T, keys)
-  step = lambda buffer, query: xla.in_scores(buffer, query, keys, lambda score_PTS, _: score_PTS.max((0, 2)))
-  return jax.lax.scan(step, xla.empty_buffer(size, keys), queries)[1].reshape(-1)[:len(q_order_T)]
-
-
 def differences(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
   """Seconds of each part, round by round, from those of the programs that were timed. `selection` stays one part where
-  scores were not timed alone."""
+  scores were not timed alone; `attend` is a difference where it was not."""
   less = lambda a, b: [max(x - y, 0.0) for x, y in zip(seconds[a], seconds[b])]
-  out = {name: s for name, s in seconds.items() if name != 'replay'}
+  out = dict(seconds)
   if {'selection', 'score'} <= set(seconds):
     del out['selection']
     out['select'] = less('selection', 'score')
-  if 'replay' in seconds:
-    out['attend'] = less('replay', 'score')
-  elif {'selection', 'sparse'} <= set(seconds):
+  if 'attend' not in seconds and {'selection', 'sparse'} <= set(seconds):
     out['attend'] = less('sparse', 'selection')
   return out
 
 
-def work(shape: Shape, n: int, part: Part, u: float, batch: int = 1, width: int = 4) -> dict[str, int]:
-  """FLOPs (2 a multiply-add) and least bytes of a part, of causal rows or of one new token after n - 1 in each, in
-  numbers of `width` bytes.
+def work(shape: Shape, n: int, part: Part, u: float, batch: int = 1, width: int = 4, share: int = 1) -> dict[str, int]:
+  """FLOPs (2 a multiply-add) and least bytes of a part, of one in `share` queries of causal rows or of one new token
+  after n - 1 in each, in numbers of `width` bytes.
 
   `masked_dense` multiplies every visible pair, `sparse` and `attend` the selected ones, whose keys are read once for
   the union of 16 queries. `select` has no products: it reads the float32 scores once. `selection` is `score` and
@@ -234,9 +236,8 @@ def work(shape: Shape, n: int, part: Part, u: float, batch: int = 1, width: int 
   stay on the chip.
   """
   H, G, K, I, J, k = shape
-  T = 1 if part.phase == 'decode' else n
-  pairs = n if T == 1 else n * (n + 1) // 2
-  selected = min(n, k) if T == 1 else pairs if n <= k else k * (k + 1) // 2 + (n - k) * k
+  seen_T = 1 + (np.array([n - 1]) if part.phase == 'decode' else places(n, share)).astype(np.int64)
+  T, pairs, selected = len(seen_T), int(seen_T.sum()), int(np.minimum(seen_T, k).sum())
   queries, keys, index = 2 * T * H * K, 2 * n * G * K, T * I * (J + 1) + n * J
   gathered = (selected if T == 1 else int(u * selected / NEIGHBOURS)) * 2 * G * K
   score, product = 2 * pairs * I * J, 2 * H * K

@@ -33,36 +33,43 @@ class Aim(NamedTuple):
   batch: int = 1
 
 
+GROWING = Part('prefill', 'forward', 'attend')       # what `exponent` is of
+
+
 class Setting(NamedTuple):
   claim: str
   aims: Sequence[Aim]
-  exponent: float | None       # of the growth of `attend`, at most
+  exponent: float | None       # of the growth of `attend`, and of the bytes of `sparse`, at most
   dtype: str
   lengths: Sequence[int]
   unions: Sequence[int]        # lengths at which u is varied; elsewhere it is HEADLINE; () is all
   batches: Sequence[int]
   most: int                    # tokens of a decoding step in all its caches
+  share: int                   # one in so many queries of a row of prefill is at work
   parts: Sequence[str]         # programs of prefill that are timed (bench_attention_parts.programs)
   decoding: Sequence[str]      # those of a decoding step
-  blocked: int | None          # tokens up to which the part `dense` is measured
+  blocked: int | None          # tokens up to which the parts `dense` and `masked_dense` are measured
   side: int                    # of the matrix of the roofline
   numbers: int                 # of its array
   roof_calls: int              # of either in a timing
   shortest: float              # seconds of a timing, for which a program is called several times; 0: once
   longest: float               # seconds of a cell, for which rounds are left out, down to two
   workers: int                 # programs that are compiled at a time, ahead of all cells; 0: one, when its cell begins
-  watched: bool                # whether other processes and a changing processor make timings void
+  watched: bool                # a processor that others may use too and that changes its speed: other processes make
+                               # timings void, and the claim must hold for the rounds that suit it least
 
 
 CPU_LENGTH, CPU_RATIO, CPU_EXPONENT = 65536, 1.2, 1.1
+CPU_LENGTHS = 8192, 16384, 32768, 65536, 131072
 CPU = Setting(
     claim=(f'on a CPU at Keye\'s block shape and u = {HEADLINE}, sparse attention is at least {CPU_RATIO} times as '
-           f'fast as blocked dense attention at {CPU_LENGTH} tokens, and its attend grows at most as S^{CPU_EXPONENT}'),
+           f'fast as blocked dense attention at {CPU_LENGTH} tokens, and from {CPU_LENGTHS[0]} to {CPU_LENGTHS[-1]} '
+           f'tokens its attend and its temporaries grow at most as S^{CPU_EXPONENT}'),
     aims=[Aim(f'sparse prefill at {CPU_LENGTH} tokens', Part('prefill', 'forward', 'sparse'), CPU_LENGTH, CPU_RATIO)],
-    exponent=CPU_EXPONENT, dtype='float32', lengths=(8192, 16384, 32768, 65536), unions=(), batches=(1,), most=1 << 40,
-    parts=('score', 'replay', 'selection', 'sparse', 'training', 'dense', 'masked_dense'),
-    decoding=('score', 'selection', 'sparse', 'dense', 'masked_dense'), blocked=None, side=2048, numbers=1 << 26,
-    roof_calls=1, shortest=0, longest=float('inf'), workers=0, watched=True)
+    exponent=CPU_EXPONENT, dtype='float32', lengths=CPU_LENGTHS, unions=(CPU_LENGTH,), batches=(1,), most=1 << 40,
+    share=8, parts=('score', 'attend', 'selection', 'sparse', 'training', 'dense', 'masked_dense'),
+    decoding=('score', 'selection', 'sparse', 'dense', 'masked_dense'), blocked=CPU_LENGTH, side=2048,
+    numbers=1 << 26, roof_calls=1, shortest=0, longest=400.0, workers=0, watched=True)
 
 GPU_AIMS = [
     Aim('attend alone at 131072 tokens', Part('prefill', 'forward', 'attend'), 131072, 6),
@@ -76,7 +83,7 @@ GPU = Setting(
     claim=(f'on one GPU in bfloat16 at Keye\'s block shape and u = {HEADLINE}, against the fastest dense attention of '
            'the same run: ' + ', '.join(f'{a.name} at least {a.least} times as fast' for a in GPU_AIMS)),
     aims=GPU_AIMS, exponent=None, dtype='bfloat16', lengths=(131072, 262144, 32768), unions=(131072,),
-    batches=(16, 64), most=64 * 131072,
+    batches=(16, 64), most=64 * 131072, share=1,
     parts=('score', 'selection', 'sparse', 'training', 'reference', 'dense', 'cudnn', 'tokamax'),
     decoding=('selection', 'sparse', 'dense', 'cudnn', 'einsum', 'pallas'), blocked=32768, side=8192, numbers=1 << 30,
     roof_calls=20, shortest=0.05, longest=4.0, workers=12, watched=False)
@@ -89,8 +96,7 @@ def of(platform: str) -> Setting:
 
 def cells(setting: Setting, lengths: Sequence[int], unions: Sequence[int | str], kinds: Sequence[tuple[str, str]],
           batches: Sequence[int]) -> list[Cell]:
-  """In the order of the lengths, u and kinds; where programs are compiled ahead, first those that an aim needs, in the
-  order of the aims, then the cheap ones."""
+  """First those that the claim needs, in the order of the aims, then the cheap ones."""
   once = HEADLINE if HEADLINE in unions else unions[0]
   found = []
   for n in lengths:
@@ -102,16 +108,15 @@ def cells(setting: Setting, lengths: Sequence[int], unions: Sequence[int | str],
           found.append(Cell(phase, direction, n, 1, union, union == once))
         elif union == once:
           found += [Cell(phase, direction, n, batch, 1, True) for batch in batches if n * batch <= setting.most]
-  if not setting.workers:
-    return found
   needed = [(*a.part[:2], a.tokens, a.batch) for a in setting.aims]
+  needed += [(*GROWING[:2], n, 1) for n in lengths] if setting.exponent else []
   rank = lambda cell: needed.index(cell[:4]) if cell.whole and cell[:4] in needed else len(needed)
   cost = lambda cell: cell.tokens if cell.phase == 'decode' else cell.tokens ** 2 * (1 + (cell.direction == 'backward'))
   return sorted(found, key=lambda cell: (rank(cell), cost(cell)))
 
 
 PROGRAMS = {                   # of bench_attention_parts, in the order in which they take turns
-    ('prefill', 'forward'): ('cudnn', 'tokamax', 'dense', 'masked_dense', 'score', 'selection', 'sparse', 'replay',
+    ('prefill', 'forward'): ('cudnn', 'tokamax', 'dense', 'masked_dense', 'score', 'selection', 'sparse', 'attend',
                              'reference'),
     ('prefill', 'backward'): ('cudnn', 'tokamax', 'dense', 'masked_dense', 'sparse', 'training'),
     ('decode', 'forward'): ('cudnn', 'einsum', 'pallas', 'dense', 'masked_dense', 'score', 'selection', 'sparse'),
@@ -121,10 +126,10 @@ PROGRAMS = {                   # of bench_attention_parts, in the order in which
 def parts(setting: Setting, cell: Cell) -> list[str]:
   """Names of the programs of a cell. Where inputs differ by u alone, only what depends on it: no dense attention, and
   where `attend` is not a difference to it, no selection."""
-  once = {'reference', 'masked_dense', *DENSE, 'selection' if 'replay' in setting.parts else 'score'}
+  once = {'reference', 'masked_dense', 'score', *DENSE, *(['selection'] if 'attend' in setting.parts else [])}
   skipped = set() if cell.whole else once
   if setting.blocked and cell.tokens > setting.blocked:
-    skipped |= {'dense'}
+    skipped |= {'dense', 'masked_dense'}
   timed = setting.decoding if cell.phase == 'decode' else setting.parts
   return [name for name in PROGRAMS[cell[:2]] if name in timed and name not in skipped]
 

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from data_pipelines.errors import InputError
 from keye_jax.nn import keye
-from launch import bench_model, bench_rounds
-from launch.bench_attention_parts import score_maxima
+from launch import bench_attention_cpu, bench_model, bench_rounds
 from launch.bench_timing import timed
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.dsa_attention import dsa_attention
@@ -24,9 +23,8 @@ def measure(tokens: int, say: Callable[[str], None], smallest: int = SMALLEST, c
   """Seconds of each part at `smallest`, twice that, ... up to `tokens`, the exponent of its growth, and prefill of the
   whole model at `tokens`. Raises InputError when there are not at least two lengths.
 
-  score: all index scores, reduced to their maxima. sparse: the fused op without the indexer's loss. The parts of the
-  fused op are differences, as it never holds them apart: select = selection - score, attend = replay of a selection
-  - score.
+  score: all index scores, reduced to their maxima. select: what the exact top-k adds to that. attend: attention to a
+  selection that is given. sparse: the fused op of the three, without the indexer's loss.
   """
   sizes = [smallest * 2 ** i for i in range(32) if smallest * 2 ** i <= tokens]
   if len(sizes) < 2:
@@ -61,18 +59,18 @@ def parts(config, n: int) -> dict[str, float]:
   place = segment, segment, order, order
   sparse = functools.partial(dsa_attention, topk=index.topk, want_kl=False)
   select = jax.jit(functools.partial(index_select, topk=index.topk))
-  selection = select(iq, ik, gate, *place)
+  everything = q, k, v, iq, ik, gate, *place
+  words = jax.jit(functools.partial(bench_attention_cpu.words, index.topk))(everything)
 
   def best(fn, *args):
     timed(fn, *args)
     return min(timed(fn, *args)[0] for _ in range(2))
 
-  score = best(jax.jit(score_maxima), *(a[0] for a in (iq, ik, gate, *place)))
-  replay = jax.jit(lambda selection, *a: sparse(*a, selection=selection).o_BTHK)
+  score = best(jax.jit(bench_attention_cpu.score), *(a[0] for a in (iq, ik, gate, *place)))
   return {
       'dense': best(jax.jit(lambda *a: dense_attention(*a)[0]), q, k, v, *place),
       'score': score,
       'select': best(select, iq, ik, gate, *place) - score,
-      'attend': best(replay, selection, q, k, v, iq, ik, gate, *place) - score,
-      'sparse': best(jax.jit(lambda *a: sparse(*a).o_BTHK), q, k, v, iq, ik, gate, *place),
+      'attend': best(jax.jit(functools.partial(bench_attention_cpu.attend, index.topk)), everything, words),
+      'sparse': best(jax.jit(lambda *a: sparse(*a).o_BTHK), *everything),
   }

@@ -31,7 +31,7 @@ def alternate(sides: Mapping[str, Callable[[], float]], probe: Callable[[], floa
               pids: Sequence[int] = (), progress: Callable[[int, dict[str, list[float]]], None] = lambda *_: None
               ) -> Rounds:
   """Runs each side once a round, in turn. A side returns the seconds it took; `pids` are its other processes. probe:
-  None where the processor and its other processes do not matter."""
+  None where it does not matter whether the processor keeps its speed."""
   seconds, probes = {name: [] for name in sides}, []
   before = cpu(pids)
   for n in range(rounds):
@@ -44,12 +44,15 @@ def alternate(sides: Mapping[str, Callable[[], float]], probe: Callable[[], floa
 
 
 def void(rounds: Rounds) -> str:
-  """Why the rounds mean nothing, or ''; of rounds without a probe, those of a device that nothing else uses, ''."""
-  if not rounds.probe:
-    return ''
+  """Why the rounds mean nothing, or ''."""
   spread = max(rounds.probe) / min(rounds.probe) - 1
   if spread > PROBE_SPREAD:
     return f'a fixed matrix product varied by {spread:.0%} between rounds (limit {PROBE_SPREAD:.0%})'
+  return loaded(rounds)
+
+
+def loaded(rounds: Rounds) -> str:
+  """What other processes took, or '' when it was little."""
   if rounds.others is not None and rounds.others > OTHERS:
     return f'other processes used {rounds.others:.2f} cores on average (limit {OTHERS:.2f})'
   return ''

@@ -33,5 +33,6 @@ def registers(said: str) -> dict[str, dict[str, int]]:
 
 def shared(folder: str, kernel: str) -> dict[str, int]:
   """{shared bytes}: what Triton's allocation gives a kernel at its launch; `ptxas` knows static ones only."""
-  sizes = [int(n) for file in pathlib.Path(folder).glob(f'*.{kernel}{PASSES}') for n in SHARED.findall(file.read_text())]
+  files = pathlib.Path(folder).glob(f'*.{kernel}{PASSES}')
+  sizes = [int(n) for file in files for n in SHARED.findall(file.read_text())]
   return {'shared bytes': max(sizes)} if sizes else {}

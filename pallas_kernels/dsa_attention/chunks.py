@@ -126,6 +126,23 @@ def visible_tiles(row: Plan, chunk: Chunk) -> tuple[jax.Array, jax.Array, Callab
   return chunk.tile_P, chunk.count, mask
 
 
+def gathered_keys(options: Options, row: Plan) -> jax.Array | None:
+  """Keys then values of all KV heads, [S, 2 G K], where chunks may gather them."""
+  if options.way != 'gathered' or row.every:
+    return None
+  flat_keys = lambda x_PGSK: x_PGSK.swapaxes(1, 2).reshape(row.order_PS.size, -1)
+  return jnp.concatenate([flat_keys(row.k_PGSK), flat_keys(row.v_PGSK)], 1)
+
+
+def attend(options: Options, row: Plan, kv_SX, chunk: Chunk, word_MS):
+  """(o_GNK, lse_GN, the tiles that `selected_tiles` found) of a chunk whose selection is word_MS, None for all."""
+  where = visible_tiles(row, chunk) if row.every else selected_tiles(word_MS, row.size)
+  masked_dense = lambda: tiles.attend(chunk.q_GNK, row.k_PGSK, row.v_PGSK, *where, options.scale)
+  if kv_SX is None:
+    return *masked_dense(), where
+  return *gathered_or(masked_dense, options, row, chunk.q_GNK, kv_SX, word_MS, where[1]), where
+
+
 def gathered_or(masked_dense: Callable, options: Options, row: Plan, q_GNK, kv_SX, word_MS, count):
   """(o_GNK, lse_GN) of a chunk over gathered keys when its tiles selected few, else by `masked_dense`."""
   M, S = word_MS.shape
@@ -161,21 +178,12 @@ def start_buffer(row: Plan) -> jax.Array:
 def forward(options: Options, arrays: Row, selection: Selection | None):
   """(o_GNK float32, lse_GN, kl_T or None, log-sum-exp of the selected scores [T] or None, Selection) of a row."""
   row, replay = plan(options, arrays, selection, *sizes(arrays)), selection is not None
-  T = len(arrays.q_order_T)
-  gather = options.way == 'gathered' and not row.every
-  if gather:
-    flat_keys = lambda x_PGSK: x_PGSK.swapaxes(1, 2).reshape(row.order_PS.size, -1)
-    kv_SX = jnp.concatenate([flat_keys(row.k_PGSK), flat_keys(row.v_PGSK)], 1)
+  T, kv_SX = len(arrays.q_order_T), gathered_keys(options, row)
 
   def one(buffer_PTS, chunk):
     buffer_PTS, chosen, word_MS = select(options, row, buffer_PTS, chunk, replay)
-    tile_P, count, mask = visible_tiles(row, chunk) if row.every else selected_tiles(word_MS, row.size)
-    masked_dense = lambda: tiles.attend(chunk.q_GNK, row.k_PGSK, row.v_PGSK, tile_P, count, mask, options.scale)
-    if gather:
-      o_GNK, lse_GN = gathered_or(masked_dense, options, row, chunk.q_GNK, kv_SX, word_MS, count)
-    else:
-      o_GNK, lse_GN = masked_dense()
-    kl = kl_of(options, row, chunk, lse_GN, tile_P, count, mask) if options.want_kl else (None, None)
+    o_GNK, lse_GN, where = attend(options, row, kv_SX, chunk, word_MS)
+    kl = kl_of(options, row, chunk, lse_GN, *where) if options.want_kl else (None, None)
     return buffer_PTS, (o_GNK, lse_GN, *kl, chosen)
 
   _, (o_CGNK, lse_CGN, kl_CT, index_lse_CT, selection) = jax.lax.scan(one, start_buffer(row), row.chunks)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tiles
 from pallas_kernels.dsa_attention.output import DSAOutput
-from pallas_kernels.dsa_attention.row import Options, Row
+from pallas_kernels.dsa_attention.row import Options, Row, stacked
 from pallas_kernels.equation import equation, kept
 
 
@@ -32,8 +32,7 @@ class Passes(NamedTuple):
 
 def attend(passes: Passes, q_BTHK, k_BSGK, v_BSGK, iq_BTIJ, ik_BSJ, gate_BTI, q_segment_BT, k_segment_BS, q_order_BT,
            k_order_BS, *, topk, scale, selection, want_kl, way) -> DSAOutput:
-  rows = Row(tiles.stack_heads(q_BTHK, k_BSGK.shape[2]), k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2),
-             iq_BTIJ.swapaxes(1, 2), ik_BSJ, gate_BTI, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS)
+  rows = stacked(q_BTHK, k_BSGK, v_BSGK, iq_BTIJ, ik_BSJ, gate_BTI, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS)
   o_BGNK, lse_BGN, kl_BT, selection = _attention(passes, Options(topk, scale, want_kl, way), rows, selection)
   T = q_BTHK.shape[1]
   return DSAOutput(tiles.unstack_heads(o_BGNK, T), tiles.unstack_heads(lse_BGN, T), kl_BT, selection)

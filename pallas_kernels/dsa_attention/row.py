@@ -1,12 +1,13 @@
 """The arguments of sparse attention as the xla implementation carries them.
 
-B batch, T query time, S key time, G KV heads, N stacked queries (pallas_kernels/tiles.py), K head dim, I indexer
-heads, J indexer head dim.
+B batch, T query time, S key time, H query heads, G KV heads, N stacked queries (pallas_kernels/tiles.py), K head dim,
+I indexer heads, J indexer head dim.
 """
 from typing import NamedTuple
 
 import jax
 
+from pallas_kernels import tiles
 from pallas_kernels.dsa_attention.way import Way
 
 
@@ -22,6 +23,13 @@ class Row(NamedTuple):
   k_segment_S: jax.Array
   q_order_T: jax.Array
   k_order_S: jax.Array
+
+
+def stacked(q_BTHK, k_BSGK, v_BSGK, iq_BTIJ, ik_BSJ, gate_BTI, q_segment_BT, k_segment_BS, q_order_BT,
+            k_order_BS) -> Row:
+  """All rows of a batch, heads in front."""
+  return Row(tiles.stack_heads(q_BTHK, k_BSGK.shape[2]), k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2),
+             iq_BTIJ.swapaxes(1, 2), ik_BSJ, gate_BTI, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS)
 
 
 class Options(NamedTuple):

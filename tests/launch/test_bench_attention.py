@@ -49,6 +49,18 @@ def of(phase, direction, name, n=40, u=2.0):
   return parts.work(TINY, n, Part(phase, direction, name), u)
 
 
+def test_a_share_of_a_row_costs_its_part():
+  assert list(parts.places(4, 1)) == [0, 1, 2, 3]
+  at_T = parts.places(16384, 8)
+  assert len(at_T) == 2048 and list(at_T[:3]) == [512, 513, 514] and (np.diff(at_T.reshape(-1, parts.RUN)) == 1).all()
+  for name in ('dense', 'score', 'sparse', 'attend', 'select'):
+    whole, share = (parts.work(Shape(), 16384, Part('prefill', 'forward', name), 4.0, share=s) for s in (1, 8))
+    assert share['flops'] == pytest.approx(whole['flops'] / 8, rel=0.02)
+  x = parts.inputs(TINY, 2048, 2, share=8)
+  assert x.q.shape == (1, 256, 2, 8) and x.k.shape == (1, 2048, 1, 8)
+  assert list(x.place[2][0, parts.RUN - 1:parts.RUN + 1]) == [639, 1536] and 1.5 < parts.union_factor(TINY, x) < 2.5
+
+
 def test_work_of_a_row_counts_pairs():
   n, k = 40, TINY.topk
   causal = np.tril(np.ones((n, n), int))
@@ -96,14 +108,18 @@ def chosen(setting=CPU, **kwargs):
 
 def test_cells_are_chosen():
   found = chosen()
-  assert len(found) == 4 * (5 * 2 + 1) and found == chosen(length=list(CPU.lengths)[::-1])
-  assert [c.tokens for c in found] == sorted(c.tokens for c in found)
+  assert len(found) == 5 * (2 + 1) + 4 * 2 and len(set(found)) == len(found)
+  assert found[:5] == [Cell('prefill', 'forward', n, 1, 4, True) for n in (65536, 8192, 16384, 32768, 131072)]
+  assert {c.union for c in found if c.tokens == 65536} == {1, 2, 4, 8, 'random'}
+  assert len(chosen(length=[8192])) == 5 * 2 + 1
   assert chosen(length=[8192, 4096], union=['random', '4'], phase=['decode']) == [
       Cell('decode', 'forward', n, 1, 1, True) for n in (4096, 8192)]
   assert chosen(length=[4096], union=['8'], direction=['backward']) == [
       Cell('prefill', 'backward', 4096, 1, 8, True)]
   with pytest.raises(InputError, match='--length 2048: a row needs more than k = 2048 tokens'):
     chosen(length=[2048, 8192])
+  with pytest.raises(InputError, match='--length 3000: one query in 8 is measured, in runs of 128'):
+    chosen(length=[3000])
   with pytest.raises(InputError, match='decoding has no backward pass'):
     chosen(phase=['decode'], direction=['backward'])
 
@@ -123,15 +139,16 @@ def test_a_gpu_starts_with_what_is_claimed():
   assert settings.parts(GPU, other) == ['selection', 'sparse']
   assert 'dense' in settings.parts(GPU, first._replace(tokens=32768))
   assert settings.parts(GPU, found[1]) == ['cudnn', 'einsum', 'pallas', 'selection', 'sparse']
-  assert settings.parts(CPU, other) == ['score', 'sparse', 'replay']
-  assert 'selection' in settings.parts(CPU, first)
+  assert settings.parts(CPU, other) == ['sparse', 'attend']
+  assert settings.parts(CPU, first) == ['score', 'selection', 'sparse', 'attend']
+  assert {'dense', 'masked_dense'} <= set(settings.parts(CPU, first._replace(tokens=65536)))
   for phase, direction in KINDS:
     assert set(settings.PROGRAMS[phase, direction]) == set(parts.programs(TINY, phase, direction))
 
 
 def test_parts_are_differences_round_by_round():
   whole = {'score': [1.0, 2.0], 'selection': [1.5, 1.0], 'sparse': [6.0, 7.0], 'dense': [9.0, 9.0]}
-  assert parts.differences(whole | {'replay': [4.0, 5.0]}) == {
+  assert parts.differences(whole | {'attend': [3.0, 3.0]}) == {
       'score': [1, 2], 'sparse': [6, 7], 'dense': [9, 9], 'select': [0.5, 0], 'attend': [3, 3]}
   assert parts.differences(whole)['attend'] == [4.5, 6]                   # of a decoding step
   del whole['score']
@@ -148,18 +165,25 @@ def test_fraction_of_a_roof():
 
 def row(part, tokens, seconds, phase='prefill', direction='forward', **kwargs):
   return {'phase': phase, 'direction': direction, 'part': part, 'tokens': tokens, 'batch': 1, 'union': 4, 'u': 4.0,
-          'seconds': {'best': seconds, 'median': seconds}, 'flops': 1, 'bytes': 1, 'roofline': 0.25, 'temp bytes': None,
-          'off': None, 'void': ''} | kwargs
+          'seconds': {'best': seconds, 'median': seconds, 'worst': seconds}, 'flops': 1, 'bytes': 1, 'roofline': 0.25,
+          'temp bytes': None, 'off': None, 'void': ''} | kwargs
 
 
-def rows(power=1.0, ratio=2.0, void=''):
+def rows(power=1.0, ratio=2.0, void='', bytes_=1.0, spread=1.0):
   seconds = {'attend': lambda x: x ** power, 'sparse': lambda x: x, 'dense': lambda x: ratio * x}
-  return [row(part, n, s(n / 8192), void=void) for n in (8192, 65536) for part, s in seconds.items()]
+  found = [row(part, n, s(n / 8192), void=void) for n in (8192, 65536) for part, s in seconds.items()]
+  for r in found:
+    r['temp bytes'] = int(1000 * (r['tokens'] / 8192) ** bytes_)
+    r['seconds'] |= {'worst': spread * r['seconds']['best']}
+  return found
 
 
 @pytest.mark.parametrize('change, why', [
   ({}, ''), ({'power': 1.2}, 'attend grows as S^1.20'), ({'void': 'busy'}, 'busy'),
-  ({'ratio': 1.1}, 'sparse prefill at 65536 tokens: 1.10 times as fast, less than 1.2')])
+  ({'ratio': 1.1}, 'sparse prefill at 65536 tokens: 1.10 times as fast, less than 1.2'),
+  ({'bytes_': 1.5}, 'temporaries grow as S^1.50'), ({'spread': 1.2}, ''),
+  ({'spread': 1.3}, 'attend grows as S^1.13'),                        # of 8 times the keys, in 1.3 times as long
+  ({'spread': 1.8, 'power': 0.5}, 'sparse prefill at 65536 tokens: 1.11 times as fast, less than 1.2')])
 def test_a_record_says_what_it_lacks(change, why):
   out = record(rows(**change), [8192, 65536], CPU, ROOF, 3)
   assert out['why'] == why and out['verdict'] == ('not shown' if why else 'shown')
@@ -170,7 +194,8 @@ def test_a_record_says_what_it_lacks(change, why):
 def test_one_length_has_no_growth():
   out = record(rows()[:3], [8192], CPU, ROOF, 3)
   assert set(out['exponents'].values()) == {None}
-  assert out['why'] == 'sparse prefill at 65536 tokens: not measured; the growth of attend was not measured'
+  assert out['why'] == ('sparse prefill at 65536 tokens: not measured; how attend grows was not measured; '
+                        'how temporaries grow was not measured')
   assert out['times as fast as dense'] == {'prefill, forward, sparse, u = 4, 8192 tokens': 2,
                                            'prefill, forward, attend, u = 4, 8192 tokens': 2}
 
@@ -234,7 +259,7 @@ def programs():
 def test_what_is_timed_is_one_function(programs):
   x, results = programs
   forward, backward, decode = (results[kind] for kind in KINDS)
-  for name in ('masked_dense', 'replay'):
+  for name in ('masked_dense', 'attend'):
     assert_close(forward[name], forward['sparse'])
   assert_close(forward['reference'], forward['sparse'][:, -parts.CHECKED:])
   assert bench_attention.off(forward['sparse'][:, -parts.CHECKED:], forward['reference']) < 1e-4
@@ -243,7 +268,7 @@ def test_what_is_timed_is_one_function(programs):
   assert_close(decode['dense'], forward['dense'][:, -1:])
   assert_close(decode['score'], forward['score'][:, -1:])
   for kind in (forward, decode):
-    assert set(kind) - {'replay', 'reference'} == {'score', 'selection', 'sparse', 'dense', 'masked_dense'}
+    assert set(kind) - {'attend', 'reference'} == {'score', 'selection', 'sparse', 'dense', 'masked_dense'}
   (o, masked), (also_o, sparse), (_, dense) = (backward[name] for name in ('masked_dense', 'sparse', 'dense'))
   (training_o, kl), training = backward['training']
   assert kl.shape == (1, 64) and len(training) == 6 and len(sparse) == 3
@@ -271,14 +296,15 @@ def test_scores_of_the_gpu_kernels_alone(monkeypatch):
 @pytest.mark.slow
 def test_every_part_is_measured():
   said, found = [], []
-  cells = settings.cells(CPU, [64, 128], (4, 'random'), KINDS, (1,))
-  for _, rows in bench_attention.measure(TINY, cells, CPU, ROOF, 2, said.append):
+  setting = CPU._replace(unions=(), share=1)
+  cells = settings.cells(setting, [64, 128], (4, 'random'), KINDS, (1,))
+  for _, rows in bench_attention.measure(TINY, cells, setting, ROOF, 2, said.append):
     found += rows
   whole = [('prefill', 'forward', p) for p in ('dense', 'masked_dense', 'sparse', 'score', 'select', 'attend')]
   whole += [('prefill', 'backward', p) for p in ('dense', 'masked_dense', 'sparse', 'training')]
   assert {(r['phase'], r['direction'], r['part'], r['union']) for r in found} == {
       *((*row, 4) for row in whole), *(('decode', 'forward', row[2], 1) for row in whole[:6]),
-      *((*row, 'random') for row in whole if row[2] in ('sparse', 'score', 'attend', 'training'))}
+      *((*row, 'random') for row in whole if row[2] in ('sparse', 'attend', 'training'))}
   assert len(said) == 10
   for r in found:
     assert np.isfinite([r['seconds']['best'], r['u']]).all() and r['bytes'] > 0
