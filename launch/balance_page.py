@@ -3,14 +3,12 @@
   keye bench balance --json --out docs/results/balance.json
   python -m launch.balance_page
 """
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from launch import results
 
 PAGE = results.FOLDER.parent / 'scale.md'
-START, END = '<!-- results:balance -->', '<!-- /balance -->'
 MIB = 2**20
 NAMES = {'none': 'none', 'rank': 'frames over the devices of a rank', 'vision': 'frames over all devices',
          'own rows': "each rank's own rows", 'rows': 'all rows of a step',
@@ -46,9 +44,7 @@ def block(said: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-  said = json.loads((results.FOLDER / 'balance.json').read_text(encoding='utf-8'))
-  before, rest = PAGE.read_text(encoding='utf-8').split(START)
-  PAGE.write_text(f'{before}{START}\n{block(said)}\n{END}{rest.split(END)[1]}', encoding='utf-8')
+  results.put(PAGE, 'balance', block(results.read('balance')))
 
 
 if __name__ == '__main__':

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--peer', choices=('transformers',), help='the other side; needs the extra `parity`')
   parser.add_argument('--peer-python', default=sys.executable, help='interpreter that has the peer')
   parser.add_argument('--threads', type=int, default=2)
-  parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--rounds', type=int, default=9)
   parser.add_argument('--task', action='append', choices=[t.name for t in TASKS], help='only these; several times')
   parser.add_argument('--dsa', type=int, default=0, metavar='TOKENS',
                       help='also time the parts of sparse attention from 8192 to TOKENS, and prefill at TOKENS with '
@@ -187,23 +187,27 @@ def record(tasks, found, dsa, args, peer_versions: dict) -> dict:
   void = {name: why for name, r in found.items() if (why := bench_rounds.void(r))}
   sides = {side: {t.name: bench_rounds.rates(found[t.name].seconds[side], t.work) for t in tasks}
            for side in next(iter(found.values())).seconds} if found else {}
-  ratios = {t.name: sides['keye_jax'][t.name]['median'] / sides['transformers'][t.name]['median']
-            for t in tasks} if args.peer else {}
-  short = [f'{t.name} {ratios[t.name]:.2f}' for t in tasks if t.name in ratios and ratios[t.name] < t.floor]
-  whole = bool(args.peer) and len(tasks) == len(TASKS) and args.rounds >= 5
+  each = {t.name: [theirs / ours for ours, theirs in zip(*(found[t.name].seconds[side] for side in (
+      'keye_jax', 'transformers')))] for t in tasks} if args.peer else {}
+  ratios = {name: statistics.median(values) for name, values in each.items()}
+  intervals = {name: bench_rounds.median_interval(values) for name, values in each.items()}
+  whole = bool(args.peer) and len(tasks) == len(TASKS) and args.rounds >= bench_rounds.MIN_ROUNDS
+  short = [f'{t.name} {ratios[t.name]:.2f} ({intervals[t.name][0]:.2f} to {intervals[t.name][1]:.2f})' for t in tasks
+           if whole and intervals[t.name][0] < t.floor]
   why = ('; '.join(f'{k}: void, {v}' for k, v in void.items()) or
          ('' if args.peer else 'no peer was measured') or
-         ('' if whole else 'the claim needs all tasks and at least 5 rounds') or
-         (f'below the floor: {", ".join(short)}' if short else 'every ratio of medians is at or above its floor'))
+         ('' if whole else f'the claim needs all tasks and at least {bench_rounds.MIN_ROUNDS} rounds') or
+         (f'not above the floor: {", ".join(short)}' if short else 'every interval lies at or above its floor'))
   flat = lambda rates: {f'{name}, {k} tokens/s': v for name, both in rates.items() for k, v in both.items()}
   return {
-      'claim': CLAIM, 'command': results.command(sys.argv[1:]), 'commit': commit(), 'hardware': hardware(),
+      'claim': CLAIM, 'command': results.command(sys.argv[1:]), 'commit': results.commit(),
+      'hardware': hardware(),
       'versions': versions() | peer_versions, 'n': args.rounds,
       'baselines': {k: flat(v) for k, v in sides.items() if k != 'keye_jax'},
       'arms': {k: {'0': flat(v)} for k, v in sides.items() if k == 'keye_jax'},
-      'share of one large product': shares(tasks, found), 'ratios of medians': ratios,
+      'share of one large product': shares(tasks, found), 'medians of ratios': ratios,
       'floors': {t.name: t.floor for t in tasks},
-      'intervals': {},
+      'intervals': intervals,
       'rounds': {name: {'seconds': r.seconds, 'probe seconds': r.probe, 'cores of others': r.others}
                  for name, r in found.items()},
       'void': void, 'dsa': dsa,
@@ -224,18 +228,12 @@ def shares(tasks: Sequence[Task], found) -> dict[str, dict[str, float]]:
   return out
 
 
-def commit() -> str:
-  git = subprocess.run(['git', '-C', str(ROOT), 'describe', '--always', '--dirty', '--exclude', '*'],
-                       capture_output=True, text=True)
-  return git.stdout.strip() if git.returncode == 0 else 'unknown'
-
-
-def hardware() -> dict:
-  text = pathlib.Path('/proc/cpuinfo').read_text()
-  name = next((line.partition(':')[2].strip() for line in text.splitlines() if line.startswith('model name')), '')
-  flags = next((line for line in text.splitlines() if line.startswith('flags')), '').split()
+def hardware() -> str:
+  """The host, with what its processor multiplies by."""
+  flags = next((line.split() for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+                if line.startswith('flags')), ())
   simd = [f for f in ('avx2', 'fma', 'avx512f', 'avx512_bf16', 'amx_tile') if f in flags]
-  return {'cpu': name, 'simd': simd, 'cores': len(os.sched_getaffinity(0))}
+  return f'{results.hardware()} ({", ".join(simd)})' if simd else results.hardware()
 
 
 def versions() -> dict:
@@ -249,7 +247,7 @@ def table(out: dict) -> str:
   for name in out['rounds']:
     cells = [f'{side} {found[f"{name}, median tokens/s"]:.0f} (best {found[f"{name}, best tokens/s"]:.0f})'
              for side, found in [*((k, v['0']) for k, v in out['arms'].items()), *out['baselines'].items()]]
-    ratio, share = out['ratios of medians'].get(name), out['share of one large product'].get(name, {})
+    ratio, share = out['medians of ratios'].get(name), out['share of one large product'].get(name, {})
     cells += [f'products at {", ".join(f"{s:.0%}" for s in share.values())} of one large one'] * bool(share)
     lines.append(f'{name:<18} {"  ".join(cells)} tokens/s' + (f'  x {ratio:.2f}' if ratio else '') +
                  (f'  VOID: {out["void"][name]}' if name in out['void'] else ''))

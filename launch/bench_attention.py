@@ -161,7 +161,7 @@ def measure_cell(shape: Shape, cell: Cell, setting: Setting, made: Made, roof: b
                  'roofline': bench_roofline.fraction(roof, need['flops'], need['bytes'], best),
                  'temp bytes': program and program.memory_analysis().temp_size_in_bytes,
                  'off': off(**ends) if name == 'sparse' and len(ends) == 2 else None,
-                 'void': bench_rounds.loaded(found) if setting.watched else ''})
+                 'void': bench_rounds.void(found) if setting.watched else ''})
   return rows
 
 

@@ -1,8 +1,10 @@
 """How two programs are timed against each other on one machine: A B A B ..., watched for disturbance.
 
-A ratio is only worth printing when nothing else ran: other processes, or a machine that changes its speed between
-rounds, make the run void.
+A ratio is only worth printing when nothing else ran: other processes make the run void. A machine that changes its
+speed, as virtual ones do by half within seconds, changes it for both: a ratio is that of a round, and a claim holds
+when the interval of their median lies above what is claimed.
 """
+import math
 import os
 import pathlib
 import statistics
@@ -10,8 +12,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-PROBE_SPREAD = 0.10     # largest over smallest time of a fixed matrix product, minus 1
 OTHERS = 0.10           # cores that other processes may use, on average
+MIN_ROUNDS = 6          # of an interval: the median lies outside of 5 values once in 16 times
 
 
 class Rounds(NamedTuple):
@@ -45,17 +47,19 @@ def alternate(sides: Mapping[str, Callable[[], float]], probe: Callable[[], floa
 
 def void(rounds: Rounds) -> str:
   """Why the rounds mean nothing, or ''."""
-  spread = max(rounds.probe) / min(rounds.probe) - 1
-  if spread > PROBE_SPREAD:
-    return f'a fixed matrix product varied by {spread:.0%} between rounds (limit {PROBE_SPREAD:.0%})'
-  return loaded(rounds)
-
-
-def loaded(rounds: Rounds) -> str:
-  """What other processes took, or '' when it was little."""
   if rounds.others is not None and rounds.others > OTHERS:
     return f'other processes used {rounds.others:.2f} cores on average (limit {OTHERS:.2f})'
   return ''
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+  """95% interval of the median of what the values are drawn from, whatever its distribution: as many of n values lie
+  below the median as heads fall in n throws of a coin. None for fewer than MIN_ROUNDS values."""
+  ordered, n = sorted(values), len(values)
+  if n < MIN_ROUNDS:
+    return None
+  left_out = max(k for k in range(n // 2) if sum(math.comb(n, i) for i in range(k + 1)) / 2 ** n <= 0.025)
+  return ordered[left_out], ordered[n - 1 - left_out]
 
 
 def rates(seconds: Sequence[float], work: float) -> dict[str, float]:

@@ -3,8 +3,8 @@
 Bare PyAV is told beforehand which frames are wanted and which keyframes to seek to; it opens the file, seeks, decodes,
 converts and resizes. `load_video` finds all that out first and checks what it reads. Both get one core.
 
-Seconds by the clock decide, so nothing else may run. Seconds of the processor are recorded beside them, with the ratio
-of every round: how wide they lie says what they are worth on a machine that is busy.
+What decides is the ratio of processor seconds in each round: one thread does either, and what else runs costs the clock
+more than the processor. Seconds by the clock are recorded beside them.
 
 H height, W width in pixels, F wanted frames.
 """
@@ -176,29 +176,30 @@ def record(tasks, found, work, peak, args, cores: int) -> dict:
     frames, times = work[name]
     sides[side] |= {f'{name}, {kind} {unit}/s': v for unit, n in (('frames', frames * times), ('clips', times))
                     for kind, v in bench_rounds.rates(r.seconds[side], n).items()}
-  cpu = {name: sorted(theirs / ours for ours, theirs in zip(r.seconds['keye_jax cpu'], r.seconds['pyav cpu']))
+  cpu = {name: [theirs / ours for ours, theirs in zip(r.seconds['keye_jax cpu'], r.seconds['pyav cpu'])]
          for name, r in found.items()}
   each = {name: statistics.median(r.seconds['keye_jax cpu']) / work[name][1] for name, r in found.items()}
-  ratios = {t.name: (sides['keye_jax'][f'{t.name}, median clips/s'] / sides['pyav'][f'{t.name}, median clips/s'])
-            for t in tasks}
-  short = [f'{name} {ratio:.2f}' for name, ratio in ratios.items() if ratio < FLOOR]
+  ratios = {name: statistics.median(values) for name, values in cpu.items()}
+  intervals = {name: bench_rounds.median_interval(values) for name, values in cpu.items()}
+  enough = args.rounds >= bench_rounds.MIN_ROUNDS
+  short = [f'{name} {ratios[name]:.2f} ({low:.2f} to {high:.2f})' for name, (low, high) in intervals.items()
+           if low < FLOOR] if enough else []
   why = ('; '.join(f'{k}: void, {v}' for k, v in void.items()) or
-         ('' if args.rounds >= 5 else 'the claim needs at least 5 rounds') or
-         (f'below {FLOOR}: {", ".join(short)}' if short else f'every ratio of medians is at least {FLOOR}'))
+         ('' if enough else f'the claim needs at least {bench_rounds.MIN_ROUNDS} rounds') or
+         (f'below {FLOOR}: {", ".join(short)}' if short else f'every interval lies at or above {FLOOR}'))
   versions = {name: v for name, v in bench.versions().items() if name in ('python', 'numpy')} | {'av': av.__version__}
   return {
-      'claim': CLAIM, 'command': results.command(sys.argv[1:]), 'commit': bench.commit(), 'hardware': bench.hardware(),
+      'claim': CLAIM, 'command': results.command(sys.argv[1:]), 'commit': results.commit(),
+      'hardware': bench.hardware(),
       'versions': versions, 'n': args.rounds, 'baselines': {'pyav': sides['pyav']},
-      'arms': {'keye_jax': {'0': sides['keye_jax']}}, 'ratios of medians': ratios, 'intervals': {},
-      'processor seconds': {
-          'a clip': each, 'ratios of rounds': {name: {'lowest': r[0], 'median': statistics.median(r), 'highest': r[-1]}
-                                               for name, r in cpu.items()}},
+      'arms': {'keye_jax': {'0': sides['keye_jax']}}, 'medians of ratios': ratios, 'intervals': intervals,
+      'processor seconds a clip': each,
       'feeding': feeding(each, args.step_seconds, args.clips, cores),
       'peak MiB': {name: round(both[0] / 1024, 1) for name, both in peak.items()},
       'frames MiB': {name: round(both[1] / 1024, 1) for name, both in peak.items()},
       'rounds': {name: {'seconds': r.seconds, 'probe seconds': r.probe, 'cores of others': r.others}
                  for name, r in found.items()},
-      'void': void, 'verdict': 'shown' if not void and not short and args.rounds >= 5 else 'not shown', 'why': why}
+      'void': void, 'verdict': 'shown' if enough and not void and not short else 'not shown', 'why': why}
 
 
 def feeding(each: Mapping[str, float], step_seconds: float, clips: int, cores: int) -> dict:
@@ -211,12 +212,12 @@ def feeding(each: Mapping[str, float], step_seconds: float, clips: int, cores: i
 
 def table(out: dict) -> str:
   ours, theirs, lines = out['arms']['keye_jax']['0'], out['baselines']['pyav'], []
-  feed, spread = out['feeding'], out['processor seconds']['ratios of rounds']
-  for name, ratio in out['ratios of medians'].items():
+  feed = out['feeding']
+  for name, ratio in out['medians of ratios'].items():
     cells = [f'{side[f"{name}, median frames/s"]:.0f} frames/s {side[f"{name}, median clips/s"]:.2f} clips/s'
              for side in (ours, theirs)]
-    lines.append(f'{name:<30} {cells[0]} a core; bare PyAV {cells[1]}; x {ratio:.2f}; by processor time x '
-                 f'{spread[name]["median"]:.2f} ({spread[name]["lowest"]:.2f} to {spread[name]["highest"]:.2f}); peak '
+    within = ' ({:.2f} to {:.2f})'.format(*out['intervals'][name]) if out['intervals'][name] else ''
+    lines.append(f'{name:<30} {cells[0]} a core; bare PyAV {cells[1]}; by processor time x {ratio:.2f}{within}; peak '
                  f'{out["peak MiB"][name]:.0f} MiB, of which frames {out["frames MiB"][name]:.0f}; '
                  f'{feed["clips a step"]} clips in {feed["step seconds"]:g} s need {feed["needs cores"][name]:.1f} '
                  f'cores of {feed["cores"]}: the accelerator {"waits" if feed["waits"][name] else "does not wait"}' +

@@ -1,5 +1,5 @@
 """The tables of docs/kernels.md and their evidence files, from what the ahead-of-time compiler reported, or from the
-record of `keye bench attention --out FILE` on a GPU:
+record of `keye bench attention --out FILE` on a CPU or a GPU:
 
   python -m pallas_kernels.aot --json | python -m launch.kernels_page
   python -m launch.kernels_page FILE
@@ -14,8 +14,6 @@ from launch import results
 from pallas_kernels.aot.rows import LIMITS, SHARDED_LENGTH, SHARDS
 
 PAGE = results.FOLDER.parent / 'kernels.md'
-START, END = '<!-- results:kernels_aot -->', '<!-- /results -->'
-TIMED, TIMED_START = results.FOLDER / 'kernels_gpu.json', '<!-- results:kernels_gpu -->'
 TPUS = ('v5p', 'v6e', 'tpu7x')
 CLAIM = (f'every row compiles, and sparse attention of S/{SHARDS} queries against {SHARDED_LENGTH} keys needs at most '
          '2 GiB of temporaries forward and 4 GiB with its backward pass on v5p, v6e and tpu7x')
@@ -64,14 +62,16 @@ def block(said: Mapping[str, Any]) -> str:
   return '\n'.join(lines)
 
 
-def record_timed(said: Mapping[str, Any]) -> None:
-  """Writes docs/results/kernels_gpu.json: what the benchmark wrote, of this commit where it ran outside a checkout."""
+def record_timed(said: Mapping[str, Any]) -> str:
+  """Writes what the benchmark wrote, of this commit where it ran outside a checkout, and returns the file's name."""
+  name = f'kernels_{said["platform"]}'
   whole = {**said, 'commit': said['commit'] or results.commit()}
-  TIMED.write_text(json.dumps(whole, indent=1) + '\n', encoding='utf-8')
+  (results.FOLDER / f'{name}.json').write_text(json.dumps(whole, indent=1) + '\n', encoding='utf-8')
+  return name
 
 
 def block_timed(said: Mapping[str, Any] | None) -> str:
-  """The generated part about a GPU, from the evidence file; None before there is one."""
+  """The generated part about a device, from the evidence file; None before there is one."""
   if said is None:
     return 'Nothing is recorded yet.'
   lines = ['| phase | direction | part | tokens | batch | u | best ms | median ms | TFLOP/s | GB | of the roofline |',
@@ -83,7 +83,7 @@ def block_timed(said: Mapping[str, Any] | None) -> str:
     else:
       best, share = row['seconds']['best'], row['roofline']
       cells = [*front, f'{row["u"]:.2f}', f'{best * 1e3:,.2f}', f'{row["seconds"]["median"] * 1e3:,.2f}',
-               f'{row["flops"] / best / 1e12:,.1f}' if best and row['flops'] else '–', f'{row["bytes"] / 1e9:,.2f}',
+               number(row['flops'] / best / 1e12) if best and row['flops'] else '–', f'{row["bytes"] / 1e9:,.2f}',
                '–' if share is None else f'{share:.2f}']
     lines.append(f'| {" | ".join(cells)} |')
   lines += ['', '| aim | at least | reached |', '|---|---|---|']
@@ -94,8 +94,9 @@ def block_timed(said: Mapping[str, Any] | None) -> str:
   roof, checked = said['roofline'], [row['off'] for row in said['rows'] if row.get('off') is not None]
   versions = ', '.join(f'{name} {version}' for name, version in said['versions'].items())
   lines += ['', f'Times as fast as the fastest dense attention of the same run: {"; ".join(ratios)}.', '',
-            f'Roofline, measured in the same run: {roof["flops"] / 1e12:.0f} TFLOP/s in {said["dtype"]}, '
-            f'{roof["bandwidth"] / 1e12:.2f} TB/s.'
+            *(growth(said) if said['platform'] == 'cpu' else []),
+            f'Roofline, measured in the same run: {roof["flops"] / 1e12:.3g} TFLOP/s in {said["dtype"]}, '
+            f'{roof["bandwidth"] / 1e12:.3g} TB/s.'
             + (f' The last queries of a row are off their definition by at most {max(checked):.1g}.' if checked else '')
             + (f' Left out: {"; ".join(said["left out"])}.' if said['left out'] else ''),
             '', f'`{said["command"]}`, {versions}, commit {said["commit"][:10]}, on {said["hardware"]}.', '',
@@ -104,19 +105,26 @@ def block_timed(said: Mapping[str, Any] | None) -> str:
   return '\n'.join(lines)
 
 
-def put(start: str, text: str) -> None:
-  """Text between its markers on the page."""
-  before, rest = PAGE.read_text(encoding='utf-8').split(start)
-  PAGE.write_text(f'{before}{start}\n{text}\n{END}{rest.split(END, 1)[1]}', encoding='utf-8')
+def number(x: float) -> str:
+  return f'{x:,.1f}' if x >= 1 else f'{x:.3f}'
+
+
+def growth(said: Mapping[str, Any]) -> list[str]:
+  """How time and temporaries grow with the row, in the record of a CPU."""
+  powers = [f'{name}{what}: S^{power:.2f}' for key, what in (('exponents', ''), ('exponents of temporaries', ', bytes'))
+            for name, power in said[key].items() if power is not None and name.startswith('prefill, forward')]
+  steepest = said['steepest'] and f' By the rounds that suit it least attend grows as S^{said["steepest"]:.2f}.'
+  return [f'One query in {said["share"]} of a row is at work. Growth, from the best rounds and of temporaries: '
+          f'{"; ".join(powers)}.{steepest or ""}', '']
 
 
 def main(files: Sequence[str]) -> None:
   if files:
-    record_timed(json.loads(pathlib.Path(files[0]).read_text(encoding='utf-8')))
-    put(TIMED_START, block_timed(json.loads(TIMED.read_text(encoding='utf-8'))))
+    name = record_timed(json.loads(pathlib.Path(files[0]).read_text(encoding='utf-8')))
+    results.put(PAGE, name, block_timed(results.read(name)))
   else:
     record(json.load(sys.stdin))
-    put(START, block(json.loads((results.FOLDER / 'kernels_aot.json').read_text(encoding='utf-8'))))
+    results.put(PAGE, 'kernels_aot', block(results.read('kernels_aot')))
 
 
 if __name__ == '__main__':

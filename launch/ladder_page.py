@@ -1,5 +1,4 @@
 """What `keye ladder` measured, as a table, the evidence file and the page docs/ladder.md."""
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +7,6 @@ from keye_jax.evals import uncertainty
 from launch import results
 
 PAGE = results.FOLDER.parent / 'ladder.md'
-START, END = '<!-- results:ladder -->', '<!-- /results -->'
 CONTROLS = ('0-random-lm', 'blind', '3-dense')
 CLAIM = ('on held-out clips a stage is better than the one before at what it adds: pictures find their captions, stage '
          '0 beats the same stage of an untrained language model, stages 1 and 2 answer more than the stage before '
@@ -95,9 +93,7 @@ def record(measured: Mapping[str, Any]) -> pathlib.Path:
 
 def refresh() -> None:
   """The page from the evidence file."""
-  said = json.loads((results.FOLDER / 'ladder.json').read_text(encoding='utf-8'))
-  before, rest = PAGE.read_text(encoding='utf-8').split(START)
-  PAGE.write_text(f'{before}{START}\n{block(said)}\n{END}{rest.split(END)[1]}', encoding='utf-8')
+  results.put(PAGE, 'ladder', block(results.read('ladder')))
 
 
 def table(measured: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 FOLDER = pathlib.Path(__file__).parent.parent / 'docs' / 'results'
 README = FOLDER.parent.parent / 'README.md'
-START, END = '<!-- results:quickstart -->', '<!-- /results -->'
+START, END = '<!-- results:{} -->', '<!-- /results -->'         # around what a page shows of a file
 COMMIT = 'KEYE_COMMIT'
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'av')
 
@@ -48,11 +48,23 @@ def readme_block(said: Mapping[str, Any]) -> str:
 
 
 def refresh_readme() -> None:
-  """Puts the recorded quickstart between the markers of the README."""
-  said = json.loads((FOLDER / 'quickstart.json').read_text(encoding='utf-8'))
-  text = README.read_text(encoding='utf-8')
-  before, rest = text.split(START)
-  README.write_text(f'{before}{START}\n{readme_block(said)}\n{END}{rest.split(END)[1]}', encoding='utf-8')
+  put(README, 'quickstart', readme_block(read('quickstart')))
+
+
+def read(name: str) -> dict[str, Any] | None:
+  """What is recorded; None before anything is."""
+  path = FOLDER / f'{name}.json'
+  return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
+
+
+def put(page: pathlib.Path, name: str, text: str) -> None:
+  """Replaces what a page shows of docs/results/{name}.json."""
+  before, rest = page.read_text(encoding='utf-8').split(START.format(name))
+  page.write_text(f'{before}{START.format(name)}\n{text}\n{END}{rest.split(END, 1)[1]}', encoding='utf-8')
+
+
+def shown(page: pathlib.Path, name: str) -> str:
+  return page.read_text(encoding='utf-8').split(START.format(name))[1].split(END, 1)[0].strip()
 
 
 def command(arguments: Sequence[str]) -> str:

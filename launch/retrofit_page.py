@@ -1,6 +1,5 @@
 """What `keye retrofit` measured, as a summary, a table, the evidence file and the page docs/lossless.md."""
 import html
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,6 @@ from keye_jax.evals import uncertainty
 from launch import report_plots, results
 
 PAGE = results.FOLDER.parent / 'lossless.md'
-START, END = '<!-- results:lossless -->', '<!-- /results -->'
 BASELINES = ('dense', 'oracle', 'window + 4 sinks', 'untrained indexer')
 TRAINED = ('after warm-up', 'after sparse stage', 'dense, fine-tuned')
 WARM, SPARSE, CONTROL = TRAINED
@@ -137,9 +135,8 @@ def record(contents: Mapping[int, tuple[Mapping, Mapping]]) -> None:
 
 def refresh() -> None:
   """The page from the evidence file."""
-  said = json.loads((results.FOLDER / 'lossless.json').read_text(encoding='utf-8'))
-  before, rest = PAGE.read_text(encoding='utf-8').split(START)
-  PAGE.write_text(f'{before}{START}\n{block(said)}\n{END}{rest.split(END)[1]}', encoding='utf-8')
+  said = results.read('lossless')
+  results.put(PAGE, 'lossless', block(said))
   for name, svg in plots(next(iter(said['rows'].values()))).items():
     (PAGE.parent / name).write_text(svg + '\n', encoding='utf-8')
 

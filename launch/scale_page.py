@@ -15,7 +15,6 @@ from pallas_kernels.aot.__main__ import versions
 from pallas_kernels.aot.topology import GPUS
 
 PAGE = results.FOLDER.parent / 'scale.md'
-END = '<!-- /results -->'
 CLAIM = 'every program planned compiles for its slice and fits into the memory of a device'
 GIB = 2**30
 SHOWN = ('parameters', 'optimizer', 'arguments', 'temporaries', 'peak', 'hbm')
@@ -34,11 +33,6 @@ def lacks(plans: Sequence[Mapping[str, Any]]) -> str:
 def table(plan: Mapping[str, Any]) -> str:
   """Where a plan belongs: the name of an evidence file."""
   return 'scale_gpu' if plan['topology'].partition(':')[0] in GPUS else 'scale'
-
-
-def start(into: str) -> str:
-  """What precedes a table on the page."""
-  return f'<!-- results:{into} -->'
 
 
 def record(into: str, plans: Sequence[Mapping[str, Any]]) -> None:
@@ -93,9 +87,7 @@ def main() -> None:
   plans = [json.loads(line) for line in sys.stdin if line.strip()]
   for into in sorted({table(p) for p in plans}):
     record(into, [p for p in plans if table(p) == into])
-    said = json.loads((results.FOLDER / f'{into}.json').read_text(encoding='utf-8'))
-    before, rest = PAGE.read_text(encoding='utf-8').split(start(into))
-    PAGE.write_text(f'{before}{start(into)}\n{block(said)}\n{END}{rest.split(END, 1)[1]}', encoding='utf-8')
+    results.put(PAGE, into, block(results.read(into)))
 
 
 if __name__ == '__main__':

@@ -1,14 +1,13 @@
 """The documentation names files and commands that exist, and shows the numbers that were recorded."""
 import argparse
 import importlib
-import json
 import pathlib
 import re
 import shlex
 
 import pytest
 
-from launch import balance_page, cli, kernels_page, ladder_page, results, retrofit_page, scale_page
+from launch import balance_page, bench_page, cli, kernels_page, ladder_page, results, retrofit_page, scale_page
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = ['README.md', 'CONTRIBUTING.md', 'docs/papers.md', 'docs/kernels.md', 'docs/scale.md', 'docs/lossless.md',
@@ -47,47 +46,41 @@ def test_every_command_is_on_the_ladder_and_in_the_help(capsys):
 
 
 def test_readme_shows_what_was_recorded():
-  shown = (ROOT / 'README.md').read_text().split(results.START)[1].split(results.END)[0].strip()
-  recorded = results.FOLDER / 'quickstart.json'
-  assert shown == (results.readme_block(json.loads(recorded.read_text())) if recorded.exists() else '')
+  assert results.shown(results.README, 'quickstart') == results.readme_block(results.read('quickstart'))
 
 
 def test_kernels_page_shows_what_was_recorded():
-  shown = kernels_page.PAGE.read_text().split(kernels_page.START)[1].split(kernels_page.END)[0].strip()
-  assert shown == kernels_page.block(json.loads((results.FOLDER / 'kernels_aot.json').read_text()))
+  assert results.shown(kernels_page.PAGE, 'kernels_aot') == kernels_page.block(results.read('kernels_aot'))
 
 
-def test_kernels_page_shows_what_was_timed():
-  shown = kernels_page.PAGE.read_text().split(kernels_page.TIMED_START)[1].split(kernels_page.END)[0].strip()
-  recorded = kernels_page.TIMED
-  assert shown == kernels_page.block_timed(json.loads(recorded.read_text()) if recorded.exists() else None)
+@pytest.mark.parametrize('name', ['kernels_cpu', 'kernels_gpu'])
+def test_kernels_page_shows_what_was_timed(name):
+  assert results.shown(kernels_page.PAGE, name) == kernels_page.block_timed(results.read(name))
+
+
+@pytest.mark.parametrize('name', ['model', 'video'])
+def test_pages_show_what_benchmarks_recorded(name):
+  assert results.shown(bench_page.PAGES[name], name) == bench_page.block(name, results.read(name))
 
 
 @pytest.mark.parametrize('table', ['scale', 'scale_gpu'])
 def test_scale_page_shows_what_was_recorded(table):
-  shown = scale_page.PAGE.read_text().split(scale_page.start(table))[1].split(scale_page.END)[0].strip()
-  assert shown == scale_page.block(json.loads((results.FOLDER / f'{table}.json').read_text()))
+  assert results.shown(scale_page.PAGE, table) == scale_page.block(results.read(table))
 
 
 def test_scale_page_shows_the_balance_that_was_recorded():
-  shown = balance_page.PAGE.read_text().split(balance_page.START)[1].split(balance_page.END)[0].strip()
-  assert shown == balance_page.block(json.loads((results.FOLDER / 'balance.json').read_text()))
+  assert results.shown(balance_page.PAGE, 'balance') == balance_page.block(results.read('balance'))
 
 
 def test_lossless_page_shows_what_was_recorded():
-  page = retrofit_page.PAGE.read_text()
-  shown = page.split(retrofit_page.START)[1].split(retrofit_page.END)[0].strip()
-  recorded = results.FOLDER / 'lossless.json'
-  said = json.loads(recorded.read_text()) if recorded.exists() else None
-  assert shown == (retrofit_page.block(said) if said else '')
-  for name, svg in (retrofit_page.plots(next(iter(said['rows'].values()))) if said else {}).items():
+  said = results.read('lossless')
+  assert results.shown(retrofit_page.PAGE, 'lossless') == retrofit_page.block(said)
+  for name, svg in retrofit_page.plots(next(iter(said['rows'].values()))).items():
     assert (retrofit_page.PAGE.parent / name).read_text() == svg + '\n'
 
 
 def test_ladder_page_shows_what_was_recorded():
-  shown = ladder_page.PAGE.read_text().split(ladder_page.START)[1].split(ladder_page.END)[0].strip()
-  recorded = results.FOLDER / 'ladder.json'
-  assert shown == (ladder_page.block(json.loads(recorded.read_text())) if recorded.exists() else '')
+  assert results.shown(ladder_page.PAGE, 'ladder') == ladder_page.block(results.read('ladder'))
 
 
 @pytest.mark.parametrize('change, why', [

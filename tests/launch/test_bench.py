@@ -3,6 +3,7 @@ import argparse
 import itertools
 import sys
 
+import numpy as np
 import pytest
 
 from data_pipelines.errors import InputError
@@ -11,11 +12,11 @@ from launch.bench_rounds import Cpu, Rounds
 
 
 def args(**kwargs):
-  return argparse.Namespace(**dict(peer='transformers', rounds=5, out=None, json=True, dsa=0) | kwargs)
+  return argparse.Namespace(**dict(peer='transformers', rounds=6, out=None, json=True, dsa=0) | kwargs)
 
 
-def rounds(ours, theirs, others=0.0, probe=(0.01,) * 5):
-  return Rounds({'keye_jax': [ours] * 5, 'transformers': [theirs] * 5}, list(probe), others)
+def rounds(ours, theirs, others=0.0):
+  return Rounds({'keye_jax': [ours] * 6, 'transformers': [theirs] * 6}, [0.01] * 6, others)
 
 
 def everything(**kwargs):
@@ -32,8 +33,6 @@ def test_sides_take_turns():
 
 @pytest.mark.parametrize('kwargs, why', [
   ({}, ''),
-  ({'probe': (0.0100, 0.0109, 0.0105)}, ''),
-  ({'probe': (0.0100, 0.0111, 0.0105)}, 'varied by 11%'),
   ({'others': 0.3}, 'other processes used 0.30 cores'),
   ({'others': None}, ''),
 ])
@@ -57,6 +56,15 @@ def test_own_time_counts_as_ours():
   assert bench_rounds.cpu().machine > before.machine
 
 
+def test_interval_of_a_median():
+  assert bench_rounds.median_interval([1, 2, 3, 4, 5]) is None
+  assert bench_rounds.median_interval([3, 1, 2, 6, 5, 4]) == (1, 6)
+  assert bench_rounds.median_interval([9, 8, 7, 6, 5, 4, 3, 2, 1]) == (2, 8)       # 1 in 51 has two or more on one side
+  drawn = np.random.default_rng(0).exponential(size=(2000, 9))
+  held = np.mean([low <= np.log(2) <= high for low, high in map(bench_rounds.median_interval, drawn)])
+  assert 0.95 < held < 0.97                              # 0.961
+
+
 def test_exponent():
   assert bench_rounds.exponent([8, 16, 32], [1, 4, 16]) == pytest.approx(2)
 
@@ -66,7 +74,8 @@ class TestRecord:
   def test_shown(self):
     out = bench.record(bench.TASKS, everything(), None, args(), {'torch': '2'})
     assert out['verdict'] == 'shown' and out['versions']['torch'] == '2'
-    assert out['ratios of medians'] == {t.name: 1.5 for t in bench.TASKS}
+    assert out['medians of ratios'] == {t.name: 1.5 for t in bench.TASKS}
+    assert out['intervals'] == {t.name: (1.5, 1.5) for t in bench.TASKS}
     assert out['arms']['keye_jax']['0']['prefill 2048, median tokens/s'] == 2048
     assert out['baselines']['transformers']['decode after 1024, best tokens/s'] == pytest.approx(64 / 1.5)
     assert 'x 1.50' in bench.table(out)
@@ -83,7 +92,7 @@ class TestRecord:
 
   def test_below_the_floor(self):
     out = bench.record(bench.TASKS, everything() | {'train 2048': rounds(1.0, 1.1)}, None, args(), {})
-    assert out['verdict'] == 'not shown' and out['why'] == 'below the floor: train 2048 1.10'
+    assert out['verdict'] == 'not shown' and out['why'] == 'not above the floor: train 2048 1.10 (1.10 to 1.10)'
 
   def test_void(self):
     out = bench.record(bench.TASKS, everything() | {'train 2048': rounds(1.0, 2.0, others=0.5)}, None, args(), {})

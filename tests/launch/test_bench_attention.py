@@ -15,6 +15,7 @@ from launch import (
   bench_attention_record,
   bench_roofline,
   kernels_page,
+  results,
 )
 from launch import bench_attention_parts as parts
 from launch import bench_attention_settings as settings
@@ -349,12 +350,14 @@ def test_a_killed_run_leaves_a_whole_record(tmp_path):
 
 def test_a_record_goes_to_the_page(tmp_path, monkeypatch):
   page, file = tmp_path / 'kernels.md', tmp_path / 'out.json'
-  end = kernels_page.END
-  text = f'a\n{kernels_page.TIMED_START}\nold\n{end}\nb\n{kernels_page.START}\nc\n{end}\nd\n'
+  block = lambda name, text: f'{results.START.format(name)}\n{text}\n{results.END}\n'
+  text = f'a\n{block("kernels_gpu", "old")}b\n{block("kernels_aot", "c")}d\n'
   page.write_text(text)
   monkeypatch.setattr(kernels_page, 'PAGE', page)
-  monkeypatch.setattr(kernels_page, 'TIMED', tmp_path / 'kernels_gpu.json')
+  monkeypatch.setattr(results, 'FOLDER', tmp_path)
   out = record(gpu_rows(), [131072, 262144], GPU, ROOF, 3, ['tokamax: the package is not installed'])
+  assert out['platform'] == 'cpu'
+  out['platform'] = 'gpu'
   bench_attention.save(file, out | {'commit': ''})
   kernels_page.main([str(file)])
   said = json.loads((tmp_path / 'kernels_gpu.json').read_text())

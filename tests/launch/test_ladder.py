@@ -47,11 +47,11 @@ def test_every_stage_runs_once_and_is_scored(tmp_path, capsys, monkeypatch):
 
   monkeypatch.setattr(results, 'FOLDER', tmp_path / 'results')
   monkeypatch.setattr(ladder_page, 'PAGE', tmp_path / 'ladder.md')
-  (tmp_path / 'ladder.md').write_text(f'# a\n{ladder_page.START}\nold\n{ladder_page.END}\nb\n')
+  (tmp_path / 'ladder.md').write_text(f'# a\n{results.START.format("ladder")}\nold\n{results.END}\nb\n')
   said = json.loads(ladder_page.record(measured).read_text())
   assert said['verdict'] == 'not shown' and said['n'] == asked and set(said['baselines']) >= {'blind', '0-random-lm'}
   page = (tmp_path / 'ladder.md').read_text()
-  assert page.startswith('# a\n') and page.endswith(f'{ladder_page.END}\nb\n') and 'old' not in page
+  assert page.startswith('# a\n') and page.endswith(f'{results.END}\nb\n') and 'old' not in page
   assert '| sft | 2, ' in page and '- 3 minus 2: ' in page
   assert 'event_recall' in measured['stages']['1']['scores'] and 'event recall' in page.replace('_', ' ')
   assert len(measured['stages']['3-dense']['losses']['nats']) == asked and f'({asked} answers, ' in page

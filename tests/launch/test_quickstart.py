@@ -60,7 +60,7 @@ def test_evidence_file(done, tmp_path, monkeypatch):
   assert set(said['arms']['sparse']) == {'0'} and 'miou' in said['arms']['sparse']['0']
   assert 'majority answer by type' in said['baselines'] and said['n'] == len(evaluated.found['sparse'].answers)
   assert {'claim', 'command', 'commit', 'hardware', 'versions', 'intervals'} <= said.keys()
-  (tmp_path / 'README.md').write_text(f'# a\n{results.START}\nold\n{results.END}\nb\n')
+  (tmp_path / 'README.md').write_text(f'# a\n{results.START.format("quickstart")}\nold\n{results.END}\nb\n')
   monkeypatch.setattr(results, 'README', tmp_path / 'README.md')
   results.refresh_readme()
   text = (tmp_path / 'README.md').read_text()

@@ -172,7 +172,7 @@ def test_the_claim_needs_every_aim(change, why):
 def test_page_and_plots_are_made_of_the_evidence_file(tmp_path, monkeypatch):
   monkeypatch.setattr(results, 'FOLDER', tmp_path / 'results')
   monkeypatch.setattr(retrofit_page, 'PAGE', tmp_path / 'lossless.md')
-  (tmp_path / 'lossless.md').write_text(f'# a\n{retrofit_page.START}\nold\n{retrofit_page.END}\nb\n')
+  (tmp_path / 'lossless.md').write_text(f'# a\n{results.START.format("lossless")}\nold\n{results.END}\nb\n')
   retrofit_page.record({128: (scores(warm_256=0.03), asked(oracle=[1, 0])),
                         64: (scores(warm_256=0.02, warm_512=0.005), asked())})
   said = json.loads((tmp_path / 'results' / 'lossless.json').read_text())
@@ -183,7 +183,7 @@ def test_page_and_plots_are_made_of_the_evidence_file(tmp_path, monkeypatch):
       'perplexity k=256 in rows of 128': 10.3, 'cost k=256 in rows of 128': 0.03}}}
   assert said['baselines']['oracle'] == {'answers right k=256 in rows of 128': 0.5}
   page = (tmp_path / 'lossless.md').read_text()
-  assert page.startswith('# a\n') and page.endswith(f'{retrofit_page.END}\nb\n') and 'old' not in page
+  assert page.startswith('# a\n') and page.endswith(f'{results.END}\nb\n') and 'old' not in page
   assert '| dense | 0 | 2 | 10.000 | 10.000 | 10.000 | 10.000 |' in page
   assert '| after warm-up | 7 | 2 | not run | not run | +2.00% (+2.0% to +2.0%) |' in page
   assert '| oracle | – | 0 | not run | not run | not run | not run |' in page
