@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 LARGEST = 16           # frames of a rank that are placed one by one
 
@@ -74,24 +73,27 @@ def level(load_X: jax.Array, more: jax.Array) -> jax.Array:
   return level_X[jnp.maximum((level_X >= low_X).sum() - 1, 0)]
 
 
-def rows(cost_B: np.ndarray, ranks: int, micro: int) -> np.ndarray:
-  """Which row of a batch comes to each place: a permutation [B] of its rows, on the host.
+def rows(cost_B: jax.Array, ranks: int, micro: int) -> jax.Array:
+  """Which row of a batch comes to each place: a permutation of its rows, int32 [B].
 
   Ranks wait for each other in every micro-batch, so one holds rows of like cost: rows go in descending order to the
   micro-batches, one after another, and inside it each to the rank that has least so far and a free place (ties: the
   lowest index). Rank r has the r-th equal part of the places, and micro-batch i the places i, i + micro, ...
   (`steps/update.py`). Raises ValueError when the rows do not divide.
   """
-  each, left = divmod(len(cost_B), ranks * micro)
+  B = len(cost_B)
+  each, left = divmod(B, ranks * micro)
   if left:
-    raise ValueError(f'{len(cost_B)} rows cannot be divided over {ranks} ranks and {micro} micro-batches')
-  descending_B = np.argsort(-np.asarray(cost_B), kind='stable')
-  row_B = np.empty(len(cost_B), np.int64)
-  for i, part in enumerate(descending_B.reshape(micro, -1)):
-    load_X, count_X = np.zeros(ranks), np.zeros(ranks, int)
-    for row in part:
-      rank = int(np.argmin(np.where(count_X < each, load_X, np.inf)))
-      row_B[(rank * each + count_X[rank]) * micro + i] = row
-      load_X[rank] += cost_B[row]
-      count_X[rank] += 1
-  return row_B
+    raise ValueError(f'{B} rows cannot be divided over {ranks} ranks and {micro} micro-batches')
+  order_MN = jnp.argsort(-jnp.asarray(cost_B), stable=True).astype(jnp.int32).reshape(micro, -1)
+
+  def give(state, cost):
+    load_X, count_X = state
+    rank = jnp.argmin(jnp.where(count_X < each, load_X, jnp.inf)).astype(jnp.int32)
+    chosen_X = jnp.arange(ranks) == rank
+    return (load_X + jnp.where(chosen_X, cost, 0), count_X + chosen_X), rank * each + count_X[rank]
+
+  empty = jnp.zeros(ranks), jnp.zeros(ranks, jnp.int32)
+  place_MN = jax.vmap(lambda cost_N: jax.lax.scan(give, empty, cost_N)[1])(jnp.asarray(cost_B, jnp.float32)[order_MN])
+  place_MN = place_MN * micro + jnp.arange(micro)[:, None]
+  return jnp.zeros(B, jnp.int32).at[place_MN.reshape(-1)].set(order_MN.reshape(-1), unique_indices=True)

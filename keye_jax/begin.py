@@ -19,6 +19,7 @@ from keye_jax.objectives.policy import gspo
 from keye_jax.objectives.sft import sft
 from keye_jax.objectives.siglip import siglip as siglip_loss
 from keye_jax.steps import state as state_lib
+from keye_jax.steps.even_rows import even_rows
 from keye_jax.steps.optimizer import make_optimizer, rates
 from keye_jax.steps.state import State
 from keye_jax.steps.update import make_measure, make_update
@@ -35,6 +36,7 @@ class Programs(NamedTuple):
   update: Callable[..., tuple[State, Any]]         # (state, batch, rates, limit), see steps/update.py
   rates: Callable[[int], dict[str, float]]         # step -> learning rate of each optimizer group
   measure: Callable[[Any, Any, Any], Any]          # (trained, frozen parameters, batch) -> metrics
+  even: Callable[[Any, jax.Array], Any]            # (batch, donated; cost of its rows) -> batch, see steps/even_rows.py
 
 
 def programs(config: RunConfig) -> Programs:
@@ -69,8 +71,9 @@ def _programs(config: RunConfig, objective: Objective, apply: Callable[[Any, Any
     init_key, key = jax.random.split(key)
     return around(init_params(model, init_key), key)
 
+  even = functools.partial(even_rows, model.layout, train.accumulate)
   return Programs(jax.jit(fresh), jax.jit(around, donate_argnums=0), update, rates(config.optimizer, train.steps),
-                  make_measure(apply, objective))
+                  make_measure(apply, objective), jax.jit(even, donate_argnums=0))
 
 
 def first_state(config: RunConfig, made: Programs, say: Callable[[str], None]) -> State:

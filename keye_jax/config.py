@@ -156,7 +156,7 @@ class TrainConfig:
   steps: int = 100
   batch: int = 8                  # rows per step, all hosts together
   accumulate: int = 1             # micro-batches per step
-  balance_rows: bool = False      # micro-batches of rows of like cost: devices wait less, see keye_jax/feed.py
+  balance_rows: bool = False      # micro-batches of rows of like cost: devices wait less, see steps/even_rows.py
   seed: int = 0
   freeze: tuple[str, ...] = ()    # parameter path prefixes, e.g. ('vision',); beside adapters all is frozen already
   balance_weight: float = 0.001   # router load balance

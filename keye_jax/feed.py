@@ -12,7 +12,7 @@ import numpy as np
 
 from data_pipelines.errors import InputError
 from data_pipelines.schema import BRANCH_BITS, Batch, PolicyBatch
-from keye_jax import balance, sharding
+from keye_jax import sharding
 from keye_jax.config import RunConfig
 from keye_jax.nn import counts
 
@@ -35,16 +35,11 @@ def share(layout: str, rows: int) -> tuple[int, int]:
   return mine[0] // len(mine), rows // len(mine)
 
 
-def even(config: RunConfig, batch: Batch, parts: int) -> Batch:
-  """A process's rows, one of so many equal parts of the batch, in an order by which groups of devices wait for each
-  other least: a micro-batch holds rows of like cost to the language model (`balance.rows`, `counts.row_flops`). A sum
-  over micro-batches does not ask for their order; its rounding does, so that bits depend on the number of processes."""
-  ranks = max(sharding.extent(config.model.layout, 'batch') // parts, 1)
+def costs(config: RunConfig, batch: Batch) -> np.ndarray:
+  """FLOPs of the language model for each row that a process read, float32 [B]."""
   T = batch.segment_BT.shape[1]
   lengths = lambda segment_T: np.bincount(segment_T >> BRANCH_BITS)[1:]
-  cost_B = np.array([counts.row_flops(config.model, T, map(int, lengths(row))) for row in batch.segment_BT])
-  order_B = balance.rows(cost_B, ranks, config.train.accumulate)
-  return Batch(*(leaf[order_B] for leaf in batch))
+  return np.array([counts.row_flops(config.model, T, map(int, lengths(row))) for row in batch.segment_BT], np.float32)
 
 
 def place(layout: str, batch: Batch | PolicyBatch, index: int, count: int) -> Batch | PolicyBatch:
@@ -60,19 +55,25 @@ def place(layout: str, batch: Batch | PolicyBatch, index: int, count: int) -> Ba
   def one(name: str, local: np.ndarray | Batch) -> jax.Array | Batch:
     if isinstance(local, Batch):
       return each(local)
-    first = index * len(local)
     if '_BT' in name and old_T is not None:
       local = local[:, old_T]
-    where = _sharding(layout, sharding.batch_axes(name, local.ndim))
-
-    def read(index):
-      rows = index[0].indices(len(local) * count)
-      return local[(slice(rows[0] - first, rows[1] - first), *index[1:])]
-    return jax.make_array_from_callback((len(local) * count, *local.shape[1:]), where, read)
+    return place_rows(layout, sharding.batch_axes(name, local.ndim), local, index, count)
 
   def each(batch):
     return type(batch)(*(one(name, leaf) for name, leaf in zip(batch._fields, batch)))
   return each(batch)
+
+
+def place_rows(layout: str, axes: tuple[str | None, ...], local: np.ndarray, index: int, count: int) -> jax.Array:
+  """An array whose part `index` of `count` is `local`, by rows; a copy to the default device without a mesh."""
+  if not sharding.has_mesh():
+    return jax.device_put(local)
+  first = index * len(local)
+
+  def read(index):
+    rows = index[0].indices(len(local) * count)
+    return local[(slice(rows[0] - first, rows[1] - first), *index[1:])]
+  return jax.make_array_from_callback((len(local) * count, *local.shape[1:]), _sharding(layout, axes), read)
 
 
 def check(layout: str, T: int, R: int) -> None:

@@ -65,9 +65,9 @@ def train(config: RunConfig, out: str | os.PathLike, wandb: str = '', profile: b
       trace.step()
       with meter.timed('data'):
         batch = next(batches)
-        if t.balance_rows:
-          batch = feed.even(config, batch, part[1])
         placed = feed.place(layout, batch, *part)
+        if t.balance_rows:
+          placed = made.even(placed, feed.place_rows(layout, ('batch',), feed.costs(config, batch), *part))
       with meter.timed('compute'):
         state, metrics = made.update(state, placed, made.rates(step), meter.limit(step + 1))
         step += 1

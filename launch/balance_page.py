@@ -11,8 +11,7 @@ from launch import results
 PAGE = results.FOLDER.parent / 'scale.md'
 MIB = 2**20
 NAMES = {'none': 'none', 'rank': 'frames over the devices of a rank', 'vision': 'frames over all devices',
-         'own rows': "each rank's own rows", 'rows': 'all rows of a step',
-         'vision, own rows': "frames, and each rank's own rows", 'both': 'frames, and all rows of a step'}
+         'rows': 'rows of a step', 'both': 'frames and rows'}
 
 
 def block(said: Mapping[str, Any]) -> str:
@@ -26,6 +25,7 @@ def block(said: Mapping[str, Any]) -> str:
              f'{gain["work"]:.1%}', f'{compiled["step_s"]:.2f}', f'{gain["compiled"]:.1%}']
     lines.append(f'| {" | ".join(cells)} |')
   setting, seen, sent = found['setting'], found['seen'], found['exchange']
+  rows = found['rows']
   a_row = lambda n: f'{n / seen["rows"]:,.0f}'
   lines += ['', f'{found["batches"]} steps of {setting["ranks"] * setting["micro"]} rows in {setting["micro"]} '
             f'micro-batches on {setting["ranks"]} ranks of {setting["devices"]} devices ({setting["chip"]}, '
@@ -36,7 +36,9 @@ def block(said: Mapping[str, Any]) -> str:
             f'The exchange, for the device with most of it: {sent["patch_bytes"] / MIB:.0f} MiB of patches and '
             f'{sent["embedding_bytes"] / MIB:.0f} MiB of embeddings a micro-batch, {sent["sent_bytes"] / MIB:.0f} MiB '
             f'with recomputation and gradients over two axes; at {sent["link_bytes_a_second"] / 1e9:.0f} GB/s '
-            f'{1e3 * sent["step_s"]:.0f} ms a step, which the gains have paid.', '',
+            f'{1e3 * sent["step_s"]:.0f} ms a step, which the gains have paid, as they have the '
+            f'{1e3 * rows["step_s"]:.0f} ms in which {rows["rows"]:.1f} rows leave a rank and as many come to it, '
+            f'{rows["row_bytes"] / MIB:.0f} MiB of each on a device.', '',
             f'`{said["command"]}`, commit {said["commit"][:10]}. '
             f'{said["claim"][0].upper()}{said["claim"][1:]}: {said["verdict"]}'
             + (f' ({said["why"]}).' if said['why'] else '.')]

@@ -110,7 +110,8 @@ def record(rows: Sequence[dict], sizes: Sequence[int], setting: Setting, roof: R
     steep = growth(of_rows(steepest(rows, sizes), best), sizes)
   why = lacks(rows, setting, sure, steep, bytes_)
   return {'claim': setting.claim, 'command': results.command(sys.argv[1:]), 'commit': results.commit(),
-          'hardware': results.hardware(), 'versions': versions(), 'n': rounds, 'baselines': {}, 'arms': {}, 'intervals': {},
+          'hardware': results.hardware(), 'versions': versions(), 'n': rounds,
+          'baselines': {}, 'arms': {}, 'intervals': {},
           'dtype': setting.dtype, 'roofline': roof._asdict(), 'peak bytes': peak(), 'rows': list(rows),
           'left out': list(left_out), 'platform': dispatch.platform(), 'share': setting.share, 'exponents': powers,
           'exponents of temporaries': bytes_, 'steepest': steep.get(named(GROWING, HEADLINE)),

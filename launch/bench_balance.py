@@ -10,7 +10,7 @@ selected keys alone count, of the indexer its scores; what its loss and masked t
 
 Arms: none (each device sees the vision row that it holds, as today's packing fills it); rank (frames spread over the
 devices of their own rank); vision (frames over all devices); rows (which micro-batch and rank a row of the step goes
-to), or own rows (which micro-batch a row of the rank goes to, so that none changes ranks); vision and own rows; both.
+to); both.
 Twice: `work`, where a device does the work of the patches that are there, as a program with dynamic shapes would, and
 `compiled`, where it also does the tower's linear work on every slot that is empty, as compiled programs of fixed shapes
 do. A frame is never cut, so no tower is faster than its largest frame.
@@ -45,10 +45,12 @@ AIM = 0.15
 CLAIM = (f'frames over all devices and rows of a step over micro-batches and ranks make a step of stage 3 at least '
          f'{AIM:.0%} faster, by closed cost formulas')
 PASSES = 4                     # forward, its recomputation, and a backward pass of twice the forward
-# Over whose devices frames are spread: nobody's, those of their 'rank' or 'all'; whose rows are placed together.
-ARMS = {'none': ('', ''), 'rank': ('rank', ''), 'vision': ('all', ''), 'own rows': ('', 'own'), 'rows': ('', 'all'),
-        'vision, own rows': ('all', 'own'), 'both': ('all', 'all')}
+# Over whose devices frames are spread: nobody's, those of their 'rank' or 'all'; whether rows are placed.
+ARMS = {'none': ('', False), 'rank': ('rank', False), 'vision': ('all', False), 'rows': ('', True),
+        'both': ('all', True)}
 FACTS = 4 * 17                 # bytes that travel with the patches of a unit: coordinates and a mark
+ROW_FACTS = 4 * 5              # bytes that travel with a patch of a row: coordinates and frame
+TOKEN = 4 * 9                  # bytes of a token of a row
 
 
 class Setting(NamedTuple):
@@ -120,13 +122,17 @@ def simulate(config: RunConfig, setting: Setting, seed: int, batches: int) -> di
   streams = [stage3_mix.rows(np.random.default_rng([seed, x]), data, shape) for x in range(X)]
   rate = CHIPS[setting.chip].flops * setting.efficiency / PASSES
   sums = {arm: {kind: np.zeros(4) for kind in ('work', 'compiled')} for arm in ARMS}
-  seen = dict(rows=0, skipped=0, samples=0, tokens=0, units=0, frames=0, largest=0, micro=0, fit=0, moved=0)
+  seen = dict.fromkeys(('rows', 'skipped', 'samples', 'tokens', 'units', 'frames', 'largest', 'micro', 'fit', 'moved',
+                        'rows_moved'), 0)
   for _ in range(batches):
     rows = [one(stream, seen) for stream in streams for _ in range(micro)]       # rank r has the r-th equal part
     note(seen, rows)
     cost_B = np.array([counts.row_flops(model, data.tokens, r.samples) for r in rows])
-    for arm, (frames, whose) in ARMS.items():
-      place_B = placed(cost_B, X, micro, whose)
+    row_B = np.asarray(balance.rows(cost_B, X, micro))
+    away_XN = (row_B // micro != np.arange(len(cost_B)) // micro).reshape(X, -1)
+    seen['rows_moved'] += int(away_XN.sum(1).max())            # as many leave a rank as come
+    for arm, (frames, even) in ARMS.items():
+      place_B = row_B if even else np.arange(len(cost_B))
       for i in range(micro):
         mine = place_B[i::micro]
         language_X = cost_B[mine] / rate / setting.devices
@@ -139,16 +145,8 @@ def simulate(config: RunConfig, setting: Setting, seed: int, batches: int) -> di
   seconds = {arm: {kind: summary(s / batches) for kind, s in both.items()} for arm, both in sums.items()}
   return {'setting': setting._asdict() | {'seed': seed, 'room': model.vision_balance},
           'batches': batches, 'seen': seen, 'seconds': seconds,
-          'exchange': traffic(model, setting, seen['moved'] / seen['micro'])}
-
-
-def placed(cost_B: np.ndarray, ranks: int, micro: int, whose: str) -> np.ndarray:
-  if whose == 'all':
-    return balance.rows(cost_B, ranks, micro)
-  if whose == 'own':
-    each = len(cost_B) // ranks
-    return np.concatenate([x * each + balance.rows(cost_B[x * each:(x + 1) * each], 1, micro) for x in range(ranks)])
-  return np.arange(len(cost_B))
+          'exchange': traffic(model, setting, seen['moved'] / seen['micro']),
+          'rows': row_traffic(model, setting, room, data.tokens, seen['rows_moved'] / batches)}
 
 
 def one(stream: Iterator[Row | None], seen: dict[str, int]) -> Row:
@@ -186,18 +184,29 @@ def traffic(model: ModelConfig, setting: Setting, units: float) -> dict[str, flo
           'link_bytes_a_second': link, 'step_s': setting.micro * sent / link}
 
 
+def row_traffic(model: ModelConfig, setting: Setting, patches: int, tokens: int, rows: float) -> dict[str, float]:
+  """Of a device of the rank that gives and gets most rows, in one step: its part of each, padding with it, over the
+  axis of the ranks. patches: of a row's slots on a device."""
+  a_row = patches * (model.vision.patch_dim + ROW_FACTS) + tokens // setting.devices * TOKEN
+  sent = rows * a_row * (setting.ranks - 1) / setting.ranks
+  link = CHIPS[setting.chip].ici_bandwidth / CHIPS[setting.chip].dimensions
+  return {'rows': rows, 'row_bytes': a_row, 'sent_bytes': sent, 'step_s': sent / link}
+
+
 def gains(found: dict[str, Any]) -> dict[str, dict[str, float]]:
-  """How much faster a step is than without balance, by arm and kind; the exchange is paid in full, not overlapped."""
+  """How much faster a step is than without balance, by arm and kind; what is sent is paid in full, not overlapped."""
   def one(arm: str, kind: str) -> float:
-    paid = found['exchange']['step_s'] if ARMS[arm][0] else 0.0
+    frames, even = ARMS[arm]
+    paid = (found['exchange']['step_s'] if frames else 0.0) + (found['rows']['step_s'] if even else 0.0)
     return found['seconds']['none'][kind]['step_s'] / (found['seconds'][arm][kind]['step_s'] + paid) - 1
   return {arm: {kind: one(arm, kind) for kind in ('work', 'compiled')} for arm in ARMS}
 
 
 def record(found: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-  """The evidence record; the claim is about `work`, with both levels."""
+  """The evidence record; the claim is about both levels, by `work` and as compiled."""
   gain = gains(found)
-  why = '' if gain['both']['work'] >= AIM else f'{gain["both"]["work"]:.1%} faster, less than {AIM:.0%}'
+  least = min(gain['both'].values())
+  why = '' if least >= AIM else f'{least:.1%} faster, less than {AIM:.0%}'
   flat = lambda arm: {f'{name}, {kind}': value for kind, values in found['seconds'][arm].items()
                       for name, value in (values | {'gain': gain[arm][kind]}).items()}
   return {'claim': CLAIM, 'command': results.command(sys.argv[1:]), 'commit': results.commit(),

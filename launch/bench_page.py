@@ -32,7 +32,8 @@ def block(name: str, said: Mapping[str, Any] | None) -> str:
   others = max(r['cores of others'] or 0 for r in said['rounds'].values())
   versions = ', '.join(f'{k} {v}' for k, v in said['versions'].items())
   return '\n'.join([
-      *lines, '', f'`{said["command"]}`, {said["n"]} rounds, {versions}, commit {said["commit"][:10]}, on {said["hardware"]}. '
+      *lines, '',
+      f'`{said["command"]}`, {said["n"]} rounds, {versions}, commit {said["commit"][:10]}, on {said["hardware"]}. '
       f'Medians of the rounds, the ratio that of a round. Others used at most {others:.2f} cores; a fixed product took '
       f'{min(probes.values()):.0%} to {max(probes.values()):.0%} longer in the slowest round than in the fastest.', '',
       f'{said["claim"][0].upper()}{said["claim"][1:]}: {said["verdict"]} ({said["why"]}).'])

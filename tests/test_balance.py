@@ -57,8 +57,26 @@ def test_any_frames(rows):
 def test_rows_of_like_cost_share_a_micro_batch():
   """By hand: two ranks, two micro-batches, two rows each. 8 7 6 5 come first: 8 and 5, 7 and 6; then 4 3 2 1."""
   cost_B = np.array([1, 8, 2, 7, 3, 6, 4, 5])
-  place_B = balance.rows(cost_B, 2, 2)
+  place_B = np.asarray(balance.rows(cost_B, 2, 2))
   assert cost_B[place_B].tolist() == [8, 4, 5, 1, 7, 3, 6, 2]
   np.testing.assert_array_equal(balance.rows(np.ones(8), 2, 2), [0, 4, 2, 6, 1, 5, 3, 7])
   with pytest.raises(ValueError, match='6 rows cannot be divided over 2 ranks and 2 micro-batches'):
     balance.rows(np.ones(6), 2, 2)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.randoms(use_true_random=False))
+def test_any_rows(ranks, micro, each, random):
+  """Every row has one place; a micro-batch costs no less than the next; inside it, as by the greedy in plain Python."""
+  cost_B = np.array([random.randrange(1, 9) for _ in range(ranks * micro * each)])
+  row_B = np.asarray(balance.rows(cost_B, ranks, micro))
+  assert sorted(row_B) == list(range(len(cost_B)))
+  left = sorted(range(len(cost_B)), key=lambda b: -cost_B[b])
+  for i in range(micro):
+    mine, left = left[:ranks * each], left[ranks * each:]
+    load, held = [0] * ranks, [[] for _ in range(ranks)]
+    for row in mine:
+      rank = min((r for r in range(ranks) if len(held[r]) < each), key=lambda r: load[r])
+      load[rank] += cost_B[row]
+      held[rank].append(row)
+    assert row_B[i::micro].reshape(ranks, each).tolist() == held

@@ -19,7 +19,7 @@ from tests.steps.test_mesh import mesh
 from tests.tolerances import assert_close
 
 STEPS = 60
-TRAIN = dict(steps=STEPS, log_every=1, save_every=9)
+TRAIN = dict(steps=STEPS, log_every=1, save_every=9, balance_rows=True)        # rows change processes
 
 
 @pytest.fixture(scope='module')

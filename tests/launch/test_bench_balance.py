@@ -69,10 +69,12 @@ def test_a_step_and_its_record():
   assert s['rows']['language_s'] <= s['none']['language_s']
   args = argparse.Namespace(seed=0, batches=1)
   for arm, seconds in (('slow', 2.0), ('fast', 1.0)):
-    found['seconds']['none']['work']['step_s'], found['seconds']['both']['work']['step_s'] = 2.2, seconds
+    for kind in ('work', 'compiled'):
+      found['seconds']['none'][kind]['step_s'], found['seconds']['both'][kind]['step_s'] = 2.2, seconds
     out = bench_balance.record(found, args)
     assert out['verdict'] == {'slow': 'not shown', 'fast': 'shown'}[arm]
-    assert out['gains']['both']['work'] == pytest.approx(2.2 / (seconds + found['exchange']['step_s']) - 1)
+    assert out['gains']['both']['work'] == pytest.approx(
+        2.2 / (seconds + found['exchange']['step_s'] + found['rows']['step_s']) - 1)
     assert 'both' in bench_balance.table(out)
 
 
@@ -83,3 +85,5 @@ def test_traffic_by_hand():
   assert (sent['patch_bytes'], sent['embedding_bytes']) == (patches, embeddings)
   assert sent['sent_bytes'] == 2 * patches + 3 * embeddings
   assert sent['step_s'] == pytest.approx(4 * sent['sent_bytes'] / 200e9)
+  rows = bench_balance.row_traffic(CONFIG.model, Setting(2, 4, devices=2), 100, 64, 3.0)
+  assert rows['row_bytes'] == 100 * (588 + 20) + 32 * 36 and rows['sent_bytes'] == 1.5 * rows['row_bytes']
