@@ -6,6 +6,8 @@ not fit an empty row is refused with a reason. A frame never crosses a vision ro
 Letters: B rows, T tokens, R vision rows, N patches a vision row, P patches of a sample, F frames of a sample, M merged
 vision tokens of a sample.
 """
+import heapq
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -74,6 +76,29 @@ def place(frames: list[tuple[int, int]], free: list[int]) -> tuple[list[tuple[in
   return runs, free
 
 
+def spread(items: list[tuple[int, list]], shape: Shape) -> list[tuple[int, list]]:
+  """The frames of a filled row laid over its vision rows by patch count, the largest first, each where most is free
+  (LPT, Graham 1969), so that devices that share the row see about as much; as they were where that does not fit."""
+  free = [(-shape.vision_patches, row) for row in range(shape.vision_rows)]
+  laid = [[] for _ in items]
+  for size, at, part, n in sorted(((size, at, part, n) for at, (_, runs) in enumerate(items) for part, (size, n)
+                                   in enumerate(_merged(runs))), key=lambda run: (-run[0], *run[1:])):
+    counts = [0] * shape.vision_rows
+    for _ in range(n):
+      room, row = free[0]
+      if -room < size:
+        return items
+      heapq.heapreplace(free, (room + size, row))
+      counts[row] += 1
+    laid[at].append((part, [(row, size, count) for row, count in enumerate(counts) if count]))
+  return [(item, [run for _, runs in sorted(parts) for run in runs]) for (item, _), parts in zip(items, laid)]
+
+
+def _merged(runs: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
+  """[(patches of a frame, frames)], as in `frame_runs`, of runs over vision rows."""
+  return [(size, sum(n for _, _, n in same)) for size, same in itertools.groupby(runs, key=lambda run: run[1])]
+
+
 def misfit(example: Example, shape: Shape) -> str:
   """Why a sample does not fit an empty row, or ''."""
   tokens = len(example.token_T)
@@ -109,7 +134,7 @@ def fill(sizes: Sequence[tuple[int, list[tuple[int, int]]]], shape: Shape, toget
       if not bins[-1].add(i, *sizes[i]):
         raise InputError(why(i))
   for b in bins:
-    b.items.sort(key=lambda item: item[0])
+    b.items = spread(sorted(b.items), shape)
   return sorted(bins, key=lambda b: b.items[0][0])
 
 

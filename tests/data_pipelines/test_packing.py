@@ -95,6 +95,19 @@ def test_hand_case():
   assert batch.frame_BRN[1].tolist() == [[1] * 4 + [2] * 4, [1] * 4 + [0] * 4]
 
 
+def test_frames_are_spread_over_vision_rows_by_patch_count():
+  """By hand, in merged tokens of three rows of 8: 4 to row 0, 3 to row 1; of five of 1 three to row 2, then one to
+  row 1, which has as much free, and one to row 2."""
+  bin_, = packing.plan([example(1, 2, [1, 1, 1, 1, 1, 3]), example(2, 2, [4])], packing.Shape(64, 3, 32, 2, VALUES))
+  assert bin_.items == [(0, [(1, 4, 1), (2, 4, 4), (1, 12, 1)]), (1, [(0, 16, 1)])]
+
+
+def test_frames_stay_as_they_fitted_where_spread_they_do_not():
+  """Two rows of 10 that are full: the largest first would leave 6 3 and 5 4, and no place for 2."""
+  bin_, = packing.plan([example(1, 2, [6, 4, 5, 3, 2])], packing.Shape(64, 2, 40, 2, VALUES))
+  assert bin_.items == [(0, [(0, 24, 1), (0, 16, 1), (1, 20, 1), (1, 12, 1), (1, 8, 1)])]
+
+
 def test_a_frame_does_not_cross_a_vision_row():
   shape = packing.Shape(16, 2, 12, 2, VALUES)
   batch = packing.pack([example(0, 1, [2, 2])], shape)         # frames of 8 patches in rows of 12
