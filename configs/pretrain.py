@@ -119,7 +119,7 @@ def full(stage: str) -> RunConfig:
           optimizer=dict(learning_rate=1e-4, final_fraction=0.2, warmup_steps=2000),
           data=dict(sources=sources(**early), tokens=32768, vision_rows=2, **wide,
                     video_tokens=24576, max_seconds=16.0),    # paper: 24K, segments of 15 s; these end at key frames
-          batch=256, accumulate=2, steps=119209)                                       # x 32K = 1 T tokens
+          batch=256, accumulate=2, balance_rows=True, steps=119209)                    # x 32K = 1 T tokens
     case '2':
       return run(
           base, 'dense', freeze=INDEXERS_WAIT, model=even,
@@ -142,7 +142,7 @@ def full(stage: str) -> RunConfig:
           optimizer=dict(learning_rate=7.3e-6, final_fraction=0.1, warmup_steps=100, indexer_learning_rate=1e-4),
           data=dict(sources=sources(**late), tokens=262144, vision_rows=16, **wide, video_tokens=184320,
                     max_seconds=7200.0),
-          batch=32, accumulate=4, steps=59605)                                        # x 256K = 500 B tokens
+          batch=32, accumulate=4, balance_rows=True, steps=59605)                      # x 256K = 500 B tokens
 
 
 def tiny(stage: str) -> RunConfig:
