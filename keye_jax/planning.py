@@ -76,7 +76,8 @@ def traced(config: RunConfig, what: str = 'train') -> Program:
     # changes no byte: they are an argument, and the same buffer is a result.
     trace = jax.jit(made.update, donate_argnums=0).trace(state, batch, made.rates(0))
     parts = {'parameters': (state.train, state.frozen), 'optimizer': state.opt, 'batch': batch}
-    return Program(trace, parts, costs.rules(config.model), train_flops(config))
+    flops = step_flops(config, counts.parts(state.train), counts.parts(state.frozen))
+    return Program(trace, parts, costs.rules(config.model), flops)
 
   model = dataclasses.replace(config.model, layout='decode', param_dtype=config.model.dtype, remat='none')
   config = dataclasses.replace(config, model=model)
@@ -189,13 +190,33 @@ def links(chip: Chip, mesh: Mapping[str, int]) -> dict[str, float]:
   return found
 
 
-def train_flops(config: RunConfig) -> float:
-  """Of a step, all devices: three times those of the forward pass."""
-  return 3 * forward_flops(config)
+def step_flops(config: RunConfig, trained: dict[str, int], frozen: dict[str, int]) -> float:
+  """What no training step can do without, all devices: the forward pass, as much again for gradients of weights in the
+  parts that are trained whole, and as much for those of inputs wherever something before them is trained.
+
+  trained, frozen: parameters by part (`counts.parts`). The indexer's input takes no gradient; where attention is sparse
+  neither do scores of keys that are not selected.
+  """
+  tokens, attention, topk = config.data.tokens, config.model.attention, config.model.text.indexer.topk
+  towers = lambda of: of | {'language': of['language'] + of.get('text tower', 0)}
+  trained, frozen = towers(trained), towers(frozen)
+  learns = lambda part: trained[part] > 0
+  whole = lambda part: learns(part) and not frozen[part]
+  before = learns('language') or learns('projector') or learns('vision')
+  seen = (tokens + 1) / 2
+  kept = costs.selected(tokens, topk, seen) / seen if attention == 'sparse' else 1
+  passes = {'layers': 1 + before + whole('language'), 'head': 1 + before + whole('language'),
+            'attention': 1 + 2 * before, 'vision': 1 + learns('vision') + whole('vision'),
+            'projector': 1 + learns('vision') + whole('projector'),
+            'indexer_projections': 1 + whole('indexers'), 'indexer_scores': 1 + 2 * kept * learns('indexers')}
+  return forward_flops(config, passes)
 
 
-def forward_flops(config: RunConfig) -> float:
+def forward_flops(config: RunConfig, passes: Mapping[str, float] = {}) -> float:
+  """All devices; passes: how often each part is done, once by default. Dense attention does not run the indexer."""
   part = counts.flops_per_token(config.model, config.data.tokens)
+  part = {name: flops * passes.get(name, 1) for name, flops in part.items()
+          if config.model.attention != 'dense' or not name.startswith('indexer')}
   seen = part.pop('vision', 0.0) + part.pop('projector', 0.0)
   merged = config.data.vision_rows * config.data.vision_patches / config.model.vision.merge ** 2
   return config.train.batch * (sum(part.values()) * config.data.tokens + seen * merged)
