@@ -36,7 +36,7 @@ class Programs(NamedTuple):
   update: Callable[..., tuple[State, Any]]         # (state, batch, rates, limit), see steps/update.py
   rates: Callable[[int], dict[str, float]]         # step -> learning rate of each optimizer group
   measure: Callable[[Any, Any, Any], Any]          # (trained, frozen parameters, batch) -> metrics
-  even: Callable[[Any, jax.Array], Any]            # (batch, donated; cost of its rows) -> batch, see steps/even_rows.py
+  even: Callable[[Any, jax.Array], Any]            # (batch, cost of its rows) -> batch, see steps/even_rows.py
 
 
 def programs(config: RunConfig) -> Programs:
@@ -73,7 +73,7 @@ def _programs(config: RunConfig, objective: Objective, apply: Callable[[Any, Any
 
   even = functools.partial(even_rows, model.layout, train.accumulate)
   return Programs(jax.jit(fresh), jax.jit(around, donate_argnums=0), update, rates(config.optimizer, train.steps),
-                  make_measure(apply, objective), jax.jit(even, donate_argnums=0))
+                  make_measure(apply, objective), jax.jit(even))
 
 
 def first_state(config: RunConfig, made: Programs, say: Callable[[str], None]) -> State:

@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch import results
-from pallas_kernels.aot.rows import LIMITS, SHARDED_LENGTH, SHARDS
+from pallas_kernels.aot.rows import LIMITS, SHARDED_LENGTH, SHARDS, TARGETS
 
 PAGE = results.FOLDER.parent / 'kernels.md'
-TPUS = ('v5p', 'v6e', 'tpu7x')
 CLAIM = (f'every row compiles, and sparse attention of S/{SHARDS} queries against {SHARDED_LENGTH} keys needs at most '
-         '2 GiB of temporaries forward and 4 GiB with its backward pass on v5p, v6e and tpu7x')
+         f'2 GiB of temporaries forward and 4 GiB with its backward pass on {", ".join(TARGETS)}')
 MIB = 2**20
 
 
@@ -24,7 +23,7 @@ def lacks(rows: Sequence[Mapping[str, Any]]) -> str:
   """What the claim lacks; '' when the rows show it."""
   name = lambda row: f'{row["op"]} {row["direction"]} on {row["target"]} at {row["length"]}/{row["shards"]}'
   limited = [row for row in rows if row['limit bytes']]
-  missing = {(t, d) for t in TPUS for d in LIMITS} - {(row['target'], row['direction']) for row in limited}
+  missing = {(t, d) for t in TARGETS for d in LIMITS} - {(row['target'], row['direction']) for row in limited}
   wrong = [f'{name(row)} does not compile' for row in rows if 'error' in row]
   wrong += [f'{name(row)} is over its limit' for row in limited if row.get('temp bytes', 0) > row['limit bytes']]
   wrong += [f'no row of {target} {direction}' for target, direction in sorted(missing)]
@@ -46,17 +45,19 @@ def record(said: Mapping[str, Any]) -> None:
 def block(said: Mapping[str, Any]) -> str:
   """The generated part of the page, from the evidence file."""
   lines = ['| device | op | direction | keys | queries | implementation | arguments | results | temporaries | VMEM | '
-           'compile s |', '|---' * 11 + '|']
+           'registers | spilled bytes | compile s |', '|---' * 13 + '|']
   for row in said['rows']:
     size = lambda name, row=row: f'{row[name] / MIB:,.0f}' if name in row else '–'
+    kernels = row.get('gpu kernels', {}).values()
+    most = lambda name, kernels=kernels: str(max(k[name] for k in kernels)) if kernels else '–'
     cells = [row['target'], row['op'], row['direction'], f'{row["length"]:,}', f'{row["length"] // row["shards"]:,}',
              row.get('implementation', row.get('error', '')), size('argument bytes'), size('output bytes'),
              size('temp bytes') + (f' (limit {row["limit bytes"] / MIB:,.0f})' if row['limit bytes'] else ''),
-             size('vmem bytes'), str(row.get('seconds', '–'))]
+             size('vmem bytes'), most('registers'), most('spill bytes'), str(row.get('seconds', '–'))]
     lines.append(f'| {" | ".join(cells)} |')
   versions = ', '.join(f'{name} {version}' for name, version in said['versions'].items())
-  lines += ['', f'Sizes in MiB a device, VMEM that of the largest kernel. `{said["command"]}`, {versions}, commit '
-            f'{said["commit"][:10]}, on {said["hardware"]}.', '',
+  lines += ['', f'Sizes in MiB a device; VMEM, registers of a thread and spills are those of the kernel that '
+            f'has most. `{said["command"]}`, {versions}, commit {said["commit"][:10]}, on {said["hardware"]}.', '',
             f'{said["claim"][0].upper()}{said["claim"][1:]}: {said["verdict"]}'
             + (f' ({said["why"]}).' if said['why'] else '.')]
   return '\n'.join(lines)

@@ -91,7 +91,7 @@ def test_ladder_page_shows_what_was_recorded():
 ])
 def test_the_claim_about_kernels_needs_every_row(change, why):
   rows = [{'op': 'dsa_attention', 'direction': direction, 'target': target, 'length': 262144, 'shards': 8,
-           'limit bytes': limit, 'temp bytes': limit} for target in kernels_page.TPUS
+           'limit bytes': limit, 'temp bytes': limit} for target in kernels_page.TARGETS
           for direction, limit in kernels_page.LIMITS.items()]
   rows[3] |= change
   assert kernels_page.lacks(rows) == why
