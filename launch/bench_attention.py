@@ -31,8 +31,9 @@ attention is that of others, timed in the same rounds (launch/bench_attention_pe
 and starts many small programs there, only up to 32768 tokens. Programs are compiled ahead, by as many cores as
 `--threads` allows. The output of the last queries is compared with the definition of sparse attention there (`off`).
 
-The cells that the claim needs come first. `--out` is written after each cell. `--seconds` ends the run at the first
-cell after so long; what it leaves out is in the record. A part that fails is a row with its error.
+The cells that the claim needs come first. `--out` is written after each cell; a record that is there already is gone on
+with, its cells are not measured again. `--seconds` ends the run at the first cell after so long; what it leaves out is
+in the record. A part that fails is a row with its error.
 """
 import argparse
 import json
@@ -49,10 +50,10 @@ from data_pipelines.errors import InputError
 from launch import bench_attention_parts as parts
 from launch import bench_attention_peers as peers
 from launch import bench_attention_settings as settings
-from launch import bench_roofline, bench_rounds
+from launch import bench_roofline, bench_rounds, results
 from launch.bench_attention_compile import Made, compiled, first_lines, key
 from launch.bench_attention_parts import Shape
-from launch.bench_attention_record import record, summary, table
+from launch.bench_attention_record import record, summary, table, this_run
 from launch.bench_attention_settings import KINDS, UNIONS, Cell, Part, Setting
 from launch.bench_timing import timed
 from pallas_kernels import dispatch
@@ -64,11 +65,13 @@ def run(args: argparse.Namespace) -> int:
   setting, say = settings.of(dispatch.platform()), lambda text: print(text, file=sys.stderr, flush=True)
   absent = {name: why for name, why in peers.missing().items() if name in setting.parts}
   setting = setting._replace(parts=[name for name in setting.parts if name not in absent])
-  left = chosen(args, setting)
+  left, old = chosen(args, setting), earlier(args.out)
+  rows, before = old.get('rows', []), [*old['earlier runs'], this_run(old)] if old else []
+  left = [cell for cell in left if not any(measured(cell, row) for row in rows)]
   roof = bench_roofline.measure(setting.dtype, setting.side, setting.numbers, calls=setting.roof_calls)
-  rows, lengths = [], sorted({cell.tokens for cell in left})
+  lengths = sorted({cell.tokens for cell in left} | {row['tokens'] for row in rows})
   omitted = lambda: [f'{name}: {why}' for name, why in absent.items()] + [settings.title(cell) for cell in left]
-  out = lambda: record(rows, lengths, setting, roof, args.rounds, omitted())
+  out = lambda: record(rows, lengths, setting, roof, args.rounds, omitted(), before)
   for cell, found in measure(Shape(), list(left), setting, roof, args.rounds, say, started + args.seconds):
     rows += found
     left.remove(cell)
@@ -77,6 +80,25 @@ def run(args: argparse.Namespace) -> int:
       save(pathlib.Path(args.out), out())
   print(json.dumps(out()) if args.json else table(out()))
   return 0
+
+
+def earlier(path: str | None) -> dict:
+  """The record to go on with, {} when there is none. Raises InputError for a file that is none, or of other hardware."""
+  file = pathlib.Path(path or '')
+  if not path or not file.exists():
+    return {}
+  try:
+    found = json.loads(file.read_text())
+    this_run(found), found['rows'], found['earlier runs']
+  except (ValueError, KeyError) as e:
+    raise InputError(f'--out {path}: there is a file that is no record of this benchmark; name another') from e
+  if found['hardware'] != results.hardware():
+    raise InputError(f'--out {path}: its rows are of {found["hardware"]}; name another file')
+  return found
+
+
+def measured(cell: Cell, row: dict) -> bool:
+  return (*cell[:4], cell.union) == tuple(row[name] for name in ('phase', 'direction', 'tokens', 'batch', 'union'))
 
 
 def save(path: pathlib.Path, out: dict) -> None:

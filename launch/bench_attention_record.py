@@ -5,12 +5,12 @@ import math
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
 from launch import bench_rounds, results
-from launch.bench_attention_settings import DENSE, GROWING, HEADLINE, Aim, Part, Setting
+from launch.bench_attention_settings import DENSE, GROWING, HEADLINE, LINEAR, Aim, Part, Setting
 from launch.bench_roofline import Roofline
 from pallas_kernels import dispatch
 
@@ -92,7 +92,7 @@ def lacks(rows: Sequence[dict], setting: Setting, faster: dict[str, float], powe
     elif ratio < aim.least:
       why.append(f'{aim.name}: {ratio:.2f} times as fast, less than {aim.least}')
   if setting.exponent:
-    for what, power in (('attend grows', powers.get(named(GROWING, HEADLINE))),
+    for what, power in (('attend grows', powers.get(named(GROWING, LINEAR))),
                         ('temporaries grow', sizes.get(named(GROWING._replace(name='sparse'), HEADLINE)))):
       if power is None or power > setting.exponent:
         why.append(f'{what} as S^{power:.2f}' if power else f'how {what} was not measured')
@@ -100,8 +100,9 @@ def lacks(rows: Sequence[dict], setting: Setting, faster: dict[str, float], powe
 
 
 def record(rows: Sequence[dict], sizes: Sequence[int], setting: Setting, roof: Roofline, rounds: int,
-           left_out: Sequence[str] = ()) -> dict:
-  """What is claimed is judged by the best rounds, on a watched machine by the least favourable ones."""
+           left_out: Sequence[str] = (), before: Sequence[dict] = ()) -> dict:
+  """What is claimed is judged by the best rounds, on a watched machine by the least favourable ones. before: of the
+  runs that measured the first rows, see `this_run`."""
   seconds = of_rows(rows, best)
   powers, faster, bytes_ = growth(seconds, sizes), ratios(seconds), growth(of_rows(rows, temporaries), sizes)
   sure, steep = faster, powers
@@ -111,14 +112,20 @@ def record(rows: Sequence[dict], sizes: Sequence[int], setting: Setting, roof: R
   why = lacks(rows, setting, sure, steep, bytes_)
   return {'claim': setting.claim, 'command': results.command(sys.argv[1:]), 'commit': results.commit(),
           'hardware': results.hardware(), 'versions': versions(), 'n': rounds,
+          'earlier runs': list(before),
           'baselines': {}, 'arms': {}, 'intervals': {},
           'dtype': setting.dtype, 'roofline': roof._asdict(), 'peak bytes': peak(), 'rows': list(rows),
           'left out': list(left_out), 'platform': dispatch.platform(), 'share': setting.share, 'exponents': powers,
-          'exponents of temporaries': bytes_, 'steepest': steep.get(named(GROWING, HEADLINE)),
+          'exponents of temporaries': bytes_, 'steepest': steep.get(named(GROWING, LINEAR)),
           'fastest dense': {', '.join(map(str, k)): name for k, (_, name) in fastest_dense(seconds).items()},
           'times as fast as dense': faster,
           'aims': [{'aim': a.name, 'at least': a.least, 'reached': reached(a, sure)} for a in setting.aims],
           'verdict': 'not shown' if why else 'shown', 'why': '; '.join(why)}
+
+
+def this_run(out: Mapping) -> dict:
+  """What a record says of the run that wrote it last."""
+  return {name: out[name] for name in ('command', 'commit', 'hardware', 'versions', 'n', 'roofline')}
 
 
 def temporaries(row: dict) -> int | None:

@@ -94,13 +94,15 @@ def block_timed(said: Mapping[str, Any] | None) -> str:
   ratios = [f'{name}: {ratio:.2f}' for name, ratio in said['times as fast as dense'].items()]
   roof, checked = said['roofline'], [row['off'] for row in said['rows'] if row.get('off') is not None]
   versions = ', '.join(f'{name} {version}' for name, version in said['versions'].items())
+  earlier = [f'`{run["command"]}` (commit {run["commit"][:10]})' for run in said.get('earlier runs', ())]
   lines += ['', f'Times as fast as the fastest dense attention of the same run: {"; ".join(ratios)}.', '',
             *(growth(said) if said['platform'] == 'cpu' else []),
             f'Roofline, measured in the same run: {roof["flops"] / 1e12:.3g} TFLOP/s in {said["dtype"]}, '
             f'{roof["bandwidth"] / 1e12:.3g} TB/s.'
             + (f' The last queries of a row are off their definition by at most {max(checked):.1g}.' if checked else '')
             + (f' Left out: {"; ".join(said["left out"])}.' if said['left out'] else ''),
-            '', f'`{said["command"]}`, {versions}, commit {said["commit"][:10]}, on {said["hardware"]}.', '',
+            '', f'`{said["command"]}`, {versions}, commit {said["commit"][:10]}, on {said["hardware"]}'
+            + (f'; its first cells are of {", ".join(earlier)}.' if earlier else '.'), '',
             f'{said["claim"][0].upper()}{said["claim"][1:]}: {said["verdict"]}'
             + (f' ({said["why"]}).' if said['why'] else '.')]
   return '\n'.join(lines)

@@ -109,9 +109,11 @@ def chosen(setting=CPU, **kwargs):
 
 def test_cells_are_chosen():
   found = chosen()
-  assert len(found) == 5 * (2 + 1) + 4 * 2 and len(set(found)) == len(found)
-  assert found[:5] == [Cell('prefill', 'forward', n, 1, 4, True) for n in (65536, 8192, 16384, 32768, 131072)]
+  assert len(found) == 4 * (2 * 2 + 1) + 5 * 2 + 1 and len(set(found)) == len(found)
+  assert found[:10] == [Cell('prefill', 'forward', n, 1, u, u == 4) for n in (65536, 8192, 16384, 32768, 131072)
+                        for u in (1, 4)]
   assert {c.union for c in found if c.tokens == 65536} == {1, 2, 4, 8, 'random'}
+  assert {c.union for c in found if c.tokens == 131072} == {1, 4}
   assert len(chosen(length=[8192])) == 5 * 2 + 1
   assert chosen(length=[8192, 4096], union=['random', '4'], phase=['decode']) == [
       Cell('decode', 'forward', n, 1, 1, True) for n in (4096, 8192)]
@@ -172,7 +174,8 @@ def row(part, tokens, seconds, phase='prefill', direction='forward', **kwargs):
 
 def rows(power=1.0, ratio=2.0, void='', bytes_=1.0, spread=1.0):
   seconds = {'attend': lambda x: x ** power, 'sparse': lambda x: x, 'dense': lambda x: ratio * x}
-  found = [row(part, n, s(n / 8192), void=void) for n in (8192, 65536) for part, s in seconds.items()]
+  found = [row(part, n, s(n / 8192), void=void, union=1 if part == 'attend' else 4) for n in (8192, 65536)
+           for part, s in seconds.items()]
   for r in found:
     r['temp bytes'] = int(1000 * (r['tokens'] / 8192) ** bytes_)
     r['seconds'] |= {'worst': spread * r['seconds']['best']}
@@ -198,7 +201,7 @@ def test_one_length_has_no_growth():
   assert out['why'] == ('sparse prefill at 65536 tokens: not measured; how attend grows was not measured; '
                         'how temporaries grow was not measured')
   assert out['times as fast as dense'] == {'prefill, forward, sparse, u = 4, 8192 tokens': 2,
-                                           'prefill, forward, attend, u = 4, 8192 tokens': 2}
+                                           'prefill, forward, attend, u = 1, 8192 tokens': 2}
 
 
 def gpu_rows():
@@ -339,6 +342,31 @@ def test_no_cell_begins_after_the_time_is_over():
   assert set(late.values()) == {'it was not compiled in time'}
   found = bench_attention.measure_cell(TINY, cells[0], GPU, late, ROOF, 2, print)
   assert [(r['part'], r['error']) for r in found] == [(k[4], 'it was not compiled in time') for k in late]
+
+
+def test_a_record_is_gone_on_with(tmp_path, monkeypatch, capsys):
+  """One cell is there; the others are measured, and the record names the run that measured it."""
+  path, done = tmp_path / 'out.json', []
+  first = record([row('dense', 8192, 1.0)], [8192], CPU, ROOF, 3)
+  bench_attention.save(path, first)
+  monkeypatch.setattr(bench_roofline, 'measure', lambda *a, **k: ROOF)
+  monkeypatch.setattr(bench_attention, 'measure', lambda shape, cells, *a: (
+      done.append(c) or (c, [row('sparse', c.tokens, 0.5, c.phase, c.direction, union=c.union)]) for c in cells))
+  args = argparse.Namespace(length=[8192], union=['4'], phase=None, direction=None, batch=None, rounds=2,
+                            seconds=float('inf'), out=str(path), json=True)
+  assert bench_attention.run(args) == 0
+  assert [c[:3] for c in done] == [('decode', 'forward', 8192), ('prefill', 'backward', 8192)]
+  said = json.loads(path.read_text())
+  assert said == json.loads(capsys.readouterr().out)
+  assert [r['part'] for r in said['rows']] == ['dense', 'sparse', 'sparse']
+  assert [run['n'] for run in said['earlier runs']] == [3] and said['n'] == 2 and not said['left out']
+  assert bench_attention.run(args) == 0 and len(done) == 2
+  path.write_text('{}')
+  with pytest.raises(InputError, match='no record of this benchmark; name another'):
+    bench_attention.run(args)
+  bench_attention.save(path, first | {'hardware': 'a laptop'})
+  with pytest.raises(InputError, match='its rows are of a laptop; name another file'):
+    bench_attention.run(args)
 
 
 def test_a_killed_run_leaves_a_whole_record(tmp_path):
