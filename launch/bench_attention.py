@@ -24,7 +24,7 @@ FLOPs, least bytes and the fraction of this device's roofline, which is measured
 On a CPU all is float32. Of a row of prefill one query in 8 is at work, in runs of 128 spread evenly over it, with all
 keys: an eighth of the row's work, as a device of eight has that share it. Parts that go over whole tiles are measured
 up to 65536 tokens. Other processes make a run void, and since such machines change their speed, the claim is judged by
-the rounds that suit it least: the fastest of dense attention, the slowest of the rest, the steepest growth.
+the rounds that suit it least: the fastest of dense attention, the slowest of the rest. Growth is that of the medians.
 
 On a GPU all is bfloat16, in whole rows of up to 262144 tokens and decoding steps of 16 and 64 sequences, and dense
 attention is that of others, timed in the same rounds (launch/bench_attention_peers.py); our own, which is made for CPUs
@@ -78,12 +78,15 @@ def run(args: argparse.Namespace) -> int:
     say('  ' + summary(found))
     if args.out:
       save(pathlib.Path(args.out), out())
+  if args.out:
+    save(pathlib.Path(args.out), out())
   print(json.dumps(out()) if args.json else table(out()))
   return 0
 
 
 def earlier(path: str | None) -> dict:
-  """The record to go on with, {} when there is none. Raises InputError for a file that is none, or of other hardware."""
+  """The record to go on with, {} when there is none. Raises InputError for a file that is no record, or of other
+  hardware."""
   file = pathlib.Path(path or '')
   if not path or not file.exists():
     return {}

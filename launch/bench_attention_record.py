@@ -35,6 +35,10 @@ def best(row: dict) -> float:
   return row['seconds']['best']
 
 
+def median(row: dict) -> float:
+  return row['seconds']['median']
+
+
 def least_favourable(row: dict) -> float:
   """Seconds of the round of a row that makes us look worst beside dense attention."""
   return row['seconds']['best' if row['part'] in DENSE else 'worst']
@@ -101,22 +105,23 @@ def lacks(rows: Sequence[dict], setting: Setting, faster: dict[str, float], powe
 
 def record(rows: Sequence[dict], sizes: Sequence[int], setting: Setting, roof: Roofline, rounds: int,
            left_out: Sequence[str] = (), before: Sequence[dict] = ()) -> dict:
-  """What is claimed is judged by the best rounds, on a watched machine by the least favourable ones. before: of the
-  runs that measured the first rows, see `this_run`."""
+  """What is claimed to be faster is judged by the best rounds, on a watched machine by the least favourable ones of the
+  two; growth, which compares rounds that did not take turns, by the medians. before: of the runs that measured the
+  first rows, see `this_run`."""
   seconds = of_rows(rows, best)
   powers, faster, bytes_ = growth(seconds, sizes), ratios(seconds), growth(of_rows(rows, temporaries), sizes)
-  sure, steep = faster, powers
-  if setting.watched:
-    sure = ratios(of_rows(rows, least_favourable))
-    steep = growth(of_rows(steepest(rows, sizes), best), sizes)
-  why = lacks(rows, setting, sure, steep, bytes_)
+  sure = ratios(of_rows(rows, least_favourable)) if setting.watched else faster
+  medians = growth(of_rows(rows, median), sizes)
+  steep = growth(of_rows(steepest(rows, sizes), best), sizes)
+  why = lacks(rows, setting, sure, medians, bytes_)
   return {'claim': setting.claim, 'command': results.command(sys.argv[1:]), 'commit': results.commit(),
           'hardware': results.hardware(), 'versions': versions(), 'n': rounds,
           'earlier runs': list(before),
           'baselines': {}, 'arms': {}, 'intervals': {},
           'dtype': setting.dtype, 'roofline': roof._asdict(), 'peak bytes': peak(), 'rows': list(rows),
           'left out': list(left_out), 'platform': dispatch.platform(), 'share': setting.share, 'exponents': powers,
-          'exponents of temporaries': bytes_, 'steepest': steep.get(named(GROWING, LINEAR)),
+          'exponents of medians': medians, 'steepest': steep.get(named(GROWING, LINEAR)),
+          'exponents of temporaries': bytes_,
           'fastest dense': {', '.join(map(str, k)): name for k, (_, name) in fastest_dense(seconds).items()},
           'times as fast as dense': faster,
           'aims': [{'aim': a.name, 'at least': a.least, 'reached': reached(a, sure)} for a in setting.aims],

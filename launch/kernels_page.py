@@ -116,9 +116,11 @@ def growth(said: Mapping[str, Any]) -> list[str]:
   """How time and temporaries grow with the row, in the record of a CPU."""
   powers = [f'{name}{what}: S^{power:.2f}' for key, what in (('exponents', ''), ('exponents of temporaries', ', bytes'))
             for name, power in said[key].items() if power is not None and name.startswith('prefill, forward')]
-  steepest = said['steepest'] and f' By the rounds that suit it least attend grows as S^{said["steepest"]:.2f}.'
+  attend, worst = said['exponents of medians'].get('prefill, forward, attend, u = 1'), said['steepest']
+  medians = attend and worst and (f' By the medians attend at u = 1 grows as S^{attend:.2f}, by the rounds that suit it '
+                                  f'least as S^{worst:.2f}.')
   return [f'One query in {said["share"]} of a row is at work. Growth, from the best rounds and of temporaries: '
-          f'{"; ".join(powers)}.{steepest or ""}', '']
+          f'{"; ".join(powers)}.{medians or ""}', '']
 
 
 def main(files: Sequence[str]) -> None:
