@@ -117,8 +117,8 @@ def growth(said: Mapping[str, Any]) -> list[str]:
   powers = [f'{name}{what}: S^{power:.2f}' for key, what in (('exponents', ''), ('exponents of temporaries', ', bytes'))
             for name, power in said[key].items() if power is not None and name.startswith('prefill, forward')]
   attend, worst = said['exponents of medians'].get('prefill, forward, attend, u = 1'), said['steepest']
-  medians = attend and worst and (f' By the medians attend at u = 1 grows as S^{attend:.2f}, by the rounds that suit it '
-                                  f'least as S^{worst:.2f}.')
+  medians = attend and worst and (f' By the medians attend at u = 1 grows as S^{attend:.2f}, by the rounds that suit '
+                                  f'it least as S^{worst:.2f}.')
   return [f'One query in {said["share"]} of a row is at work. Growth, from the best rounds and of temporaries: '
           f'{"; ".join(powers)}.{medians or ""}', '']
 
