@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.errors import InputError
-from launch import bench, bench_rounds
+from launch import bench, bench_page, bench_rounds
 from launch.bench_rounds import Cpu, Rounds
 
 
@@ -79,6 +79,9 @@ class TestRecord:
     assert out['arms']['keye_jax']['0']['prefill 2048, median tokens/s'] == 2048
     assert out['baselines']['transformers']['decode after 1024, best tokens/s'] == pytest.approx(64 / 1.5)
     assert 'x 1.50' in bench.table(out)
+    page = bench_page.block('model', out)
+    assert '| prefill 2048 | 2,048 | 1,365 | 1.50 | 1.50 to 1.50 | 0.' in page and '| 1.50 to 1.50 | – | – |' in page
+    assert page.endswith(': shown (every interval lies at or above its floor).')
 
   def test_share_of_a_large_product(self):
     """8 layers of 655,360 (q, k, v, o) + 4 x 393,216 (experts) + 16,384 (router) multiply-adds a token, 1,024.5 keys on

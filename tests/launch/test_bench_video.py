@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import containers, video
-from launch import bench_rounds, bench_video
+from launch import bench_page, bench_rounds, bench_video
 from tests.data_pipelines.clips import number, write
 
 
@@ -48,6 +48,9 @@ def test_record_of_both_sides(clip, monkeypatch):
   assert set(out['feeding']['needs cores'].values()) == {3.0} and not any(out['feeding']['waits'].values())
   assert all(bench_video.feeding({'a': 0.5}, 2.0, 12, cores=2)['waits'].values())
   assert 'short.mp4, every frame' in bench_video.table(out) and 'does not wait' in bench_video.table(out)
+  page = bench_page.block('video', out)
+  assert '| short.mp4, every frame | 40 | 40 | 1.00 | 0.90 to 1.20 |' in page and '| 3.0 |' in page
+  assert ': shown (every interval lies at or above 0.9).' in page
   slow = dict.fromkeys(found, seconds(even)) | {tasks[1].name: seconds([0.44, *even[1:]])}
   out = bench_video.record(tasks, slow, work, peak, args, 3)
   assert out['verdict'] == 'not shown' and 'below 0.9: long.mp4, 1 in 5 seconds 0.96 (0.88 to 1.20)' in out['why']
