@@ -20,8 +20,7 @@ from keye_jax.config import RunConfig
 from keye_jax.jaxpr_costs import Cost
 from keye_jax.nn import costs, counts, keye
 from keye_jax.rollout import sampler
-from pallas_kernels import dispatch
-from pallas_kernels.dsa_attention import implementation_of
+from pallas_kernels import dense_attention, dispatch, dsa_attention
 
 STEPS = ('train', 'rl')        # with a gradient and an optimizer
 WHATS = (*STEPS, 'prefill', 'decode')
@@ -135,7 +134,9 @@ def implementations(jaxpr, rules) -> dict[str, str]:
 def chosen(op: str, **dims: int) -> str:
   """The implementation of an op that a run takes at these dimensions of its passes."""
   if op == 'dsa_attention':
-    return implementation_of(dims['G'] * dims['N'] // dims['T'], dims['T'], dims['S'])
+    return dsa_attention.implementation_of(dims['G'] * dims['N'] // dims['T'], dims['T'], dims['S'])
+  if op in ('dense_attention', 'indexer_warmup'):
+    return dense_attention.implementation_of(op, dims['T'], dims['S'])
   return dispatch.choose(op, None)
 
 

@@ -29,6 +29,20 @@ def call(kernel: Callable, grid: tuple, prefetch: Sequence[jax.Array], arrays: S
                         input_output_aliases=aliases, interpret=INTERPRET)(*prefetch, *arrays)
 
 
+def whole(x: jax.Array) -> pl.BlockSpec:
+  """Of a kernel that goes over key tiles: a block that stays on the chip for all of them."""
+  return pl.BlockSpec(x.shape, lambda n, tile: (0,) * x.ndim)
+
+
+def tiled(x: jax.Array) -> pl.BlockSpec:
+  """The tile at work, of an array that leads with the key tile."""
+  return pl.BlockSpec((1, *x.shape[1:]), lambda n, tile: (tile[n], *[0] * (x.ndim - 1)))
+
+
+def float32(*shape: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
 def column(x_1T: jax.Array) -> jax.Array:
   """[1, T] -> [T, 1], as a masked sum over a diagonal."""
   return jnp.where(_diagonal(x_1T.shape[1]), x_1T, jnp.zeros_like(x_1T)).sum(1, keepdims=True)

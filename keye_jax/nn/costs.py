@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from keye_jax.config import ModelConfig
 from keye_jax.jaxpr_costs import Cost, Rule
-from pallas_kernels.dense_attention import xla as dense
+from pallas_kernels import dense_attention
 from pallas_kernels.dsa_attention import implementation_of
 from pallas_kernels.grouped_matmul import xla as grouped
 from pallas_kernels.index_select import gpu, tpu
@@ -32,7 +32,8 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
     """Dense attention with so many products of queries and keys: o and scores 2, their gradients 5."""
     def rule(B, T, H, K, S, G, width) -> Cost:
       keys = float(S) if full else seen(T, S)
-      tiles = math.ceil(T * H // G / dense.QUERY_ROWS)     # each reads the keys it meets; backward adds to gradients
+      # each block reads the keys it meets; backward adds to gradients
+      tiles = math.ceil(T / block('dense_attention', T, S, H, K))
       read = B * G * tiles * keys * 2 * K * (width if products == 2 else width + 2 * FLOAT)
       ends = B * K * width * (T * H * products + 2 * S * G)
       return Cost(2.0 * B * H * T * K * keys * products, bytes=read + ends)
@@ -83,7 +84,7 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
 
   def warmup(index_products: int):
     def rule(B, G, N, K, S, I, T, J, width) -> Cost:
-      keys, tiles = seen(T, S), math.ceil(N / dense.QUERY_ROWS)
+      keys, tiles = seen(T, S), math.ceil(T / block('indexer_warmup', T, S, G * N // T, K))
       read = B * tiles * keys * (G * K * width + J * (width + 2 * FLOAT * (index_products > 1)))
       ends = B * width * (G * N * K + S * G * K + index_products * I * T * J)
       return Cost(2.0 * B * keys * (G * N * K + I * T * J * index_products), bytes=read + ends)
@@ -124,6 +125,13 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
       'indexer_warmup_forward': warmup(1), 'indexer_warmup_backward': warmup(3),
       'routed_swiglu_forward': routed(True), 'routed_swiglu_backward': routed(False),
       'adapted_swiglu_forward': adapted(True), 'adapted_swiglu_backward': adapted(False)}
+
+
+def block(op: str, T: int, S: int, H: int, K: int) -> int:
+  """Queries of dense attention that meet a key tile together."""
+  if dense_attention.implementation_of(op, T, S) == 'tpu':
+    return dense_attention.tpu.block(T, H, K)
+  return dense_attention.xla.query_tile(T, H)
 
 
 def causal(T: int, S: int) -> float:

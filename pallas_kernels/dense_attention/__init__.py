@@ -5,9 +5,9 @@ B batch, T query time, S key time, H query heads, G KV heads, K head dim.
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.dense_attention import reference, xla
+from pallas_kernels.dense_attention import reference, tpu, xla
 
-IMPLEMENTATIONS = {'reference': reference.dense_attention, 'xla': xla.dense_attention}
+IMPLEMENTATIONS = {'reference': reference.dense_attention, 'xla': xla.dense_attention, 'tpu': tpu.dense_attention}
 
 
 def dense_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, q_segment_BT: jax.Array,
@@ -26,6 +26,13 @@ def dense_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, q_s
   H, G = q_BTHK.shape[2], k_BSGK.shape[2]
   if H % G:
     raise ValueError(f'dense_attention: {H} query heads are not a multiple of {G} KV heads')
-  run = IMPLEMENTATIONS[dispatch.choose('dense_attention', implementation)]
+  run = IMPLEMENTATIONS[implementation_of('dense_attention', q_BTHK.shape[1], k_BSGK.shape[1], implementation)]
   return run(q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, causal=causal,
              scale=q_BTHK.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def implementation_of(op: str, T: int, S: int, implementation: dispatch.Implementation | None = None) -> str:
+  """Name of the implementation of an op on dense attention, for rows of T queries and S keys; None asks for the best
+  one. Kernels are for rows of more than one tile."""
+  name = dispatch.choose(op, implementation)
+  return 'xla' if implementation is None and xla.is_small(T, S) else name

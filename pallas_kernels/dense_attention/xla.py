@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tiles
-from pallas_kernels.equation import equation, kept
+from pallas_kernels.dense_attention.gradient import Options, Passes, Row, attend
 from pallas_kernels.mask import NEG_INF, visible
 
 SMALL = 512                # rows with at most this many keys are one tile
@@ -23,71 +23,35 @@ QUERY_ROWS = 2048          # query rows of a tile, all heads together
 MASKS = 1 << 24            # places of query and key, of all rows together, up to which masks are made before the loop
 
 
-def dense_attention(q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, *, causal, scale):
-  return _attention(q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, causal, scale)
+def dense_attention(*arrays, **options):
+  return attend(Passes(forward, backward), *arrays, **options)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _attention(q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, causal, scale):
-  return _forward(q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, causal, scale)[0]
+def forward(options: Options, rows: Row):
+  row, places, loop = of_rows(options, rows, forward_one, forward_tiles)
+  return tiles.over_rows(row, (*rows[:3], *places), loop)
 
 
-def _forward(q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, causal, scale):
-  arrays = q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS
-  o_BTHK, lse_BTH = kept(named('forward', causal, functools.partial(_forward_all, causal, scale), arrays)(*arrays))
-  return (o_BTHK, lse_BTH), (*arrays, o_BTHK, lse_BTH)
-
-
-def _backward(causal, scale, saved, cotangents):
-  grads = named('backward', causal, functools.partial(_backward_all, causal, scale), saved)(*saved, cotangents[0])
-  return *grads, None, None, None, None
-
-
-def named(direction: str, causal: bool, fn, arrays):
-  (B, T, H, K), (_, S, G, _) = arrays[0].shape, arrays[1].shape
-  name = f'dense_attention_{direction}' + ('' if causal else '_full')
-  return equation(name, fn, B=B, T=T, H=H, K=K, S=S, G=G, width=arrays[0].dtype.itemsize)
-
-
-def _forward_all(causal, scale, q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS):
-  (B, T, H, _), (_, S, G, _) = q_BTHK.shape, k_BSGK.shape
-  places = q_segment_BT, k_segment_BS, q_order_BT, k_order_BS
-  row, mask, loop = of_rows(B, T, H, S, places, causal, forward_one, forward_tiles)
-  arrays = (tiles.stack_heads(q_BTHK, G), k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2), *mask)
-  o_BGNK, lse_BGN = tiles.over_rows(functools.partial(row, scale=scale), arrays, loop)
-  return tiles.unstack_heads(o_BGNK.astype(q_BTHK.dtype), T), tiles.unstack_heads(lse_BGN, T)
-
-
-def _backward_all(causal, scale, q_BTHK, k_BSGK, v_BSGK, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS, o_BTHK,
-                  lse_BTH, do_BTHK):
-  (B, T, H, _), (_, S, G, _) = q_BTHK.shape, k_BSGK.shape
-  delta_BTH = (do_BTHK.astype(jnp.float32) * o_BTHK.astype(jnp.float32)).sum(-1)
-  stack = functools.partial(tiles.stack_heads, G=G)
-  places = q_segment_BT, k_segment_BS, q_order_BT, k_order_BS
-  row, mask, loop = of_rows(B, T, H, S, places, causal, backward_one, backward_tiles)
-  arrays = (stack(q_BTHK), k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2), stack(lse_BTH), stack(delta_BTH),
-            stack(do_BTHK), *mask)
-  dq, dk, dv = tiles.over_rows(functools.partial(row, scale=scale), arrays, loop)
-  return (tiles.unstack_heads(dq, T).astype(q_BTHK.dtype), dk.swapaxes(1, 2).astype(k_BSGK.dtype),
-          dv.swapaxes(1, 2).astype(v_BSGK.dtype))
-
-
-_attention.defvjp(_forward, _backward)
+def backward(options: Options, rows: Row, *of_queries):
+  row, places, loop = of_rows(options, rows, backward_one, backward_tiles)
+  return tiles.over_rows(row, (*rows[:3], *of_queries, *places), loop)
 
 
 def is_small(T: int, S: int) -> bool:
   return T <= FEW or max(T, S) <= max(SMALL, tiles.large())
 
 
-def of_rows(B: int, T: int, H: int, S: int, places, causal: bool, one: Callable, in_tiles: Callable):
-  """(what computes a row, its last arguments of all rows, is the batch a loop)."""
+def of_rows(options: Options, rows: Row, one: Callable, in_tiles: Callable):
+  """(what computes a row, its last arguments of all rows: who sees whom, is the batch a loop)."""
+  (B, G, N, _), T, S = rows.q_GNK.shape, rows.q_order_T.shape[1], rows.k_order_S.shape[1]
+  places, (causal, scale) = rows[3:], options
   small = is_small(T, S)
-  loop = not small or H * T * S >= tiles.MANY
+  loop = not small or G * N * S >= tiles.MANY
   if not small:
-    return functools.partial(in_tiles, causal=causal), places, loop
+    return functools.partial(in_tiles, causal=causal, scale=scale), places, loop
   if masks_first(B, T, S):
-    return one, (mask_bias(*places, causal),), loop
-  return lambda *arrays, scale: one(*arrays[:-4], mask_bias(*arrays[-4:], causal), scale=scale), places, loop
+    return functools.partial(one, scale=scale), (mask_bias(*places, causal),), loop
+  return lambda *arrays: one(*arrays[:-4], mask_bias(*arrays[-4:], causal), scale=scale), places, loop
 
 
 def masks_first(B: int, T: int, S: int) -> bool:

@@ -5,9 +5,10 @@ B batch, T query time, S key time, H query heads, G KV heads, K head dim, I inde
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.indexer_warmup import reference, xla
+from pallas_kernels.dense_attention import implementation_of
+from pallas_kernels.indexer_warmup import reference, tpu, xla
 
-IMPLEMENTATIONS = {'reference': reference.indexer_warmup, 'xla': xla.indexer_warmup}
+IMPLEMENTATIONS = {'reference': reference.indexer_warmup, 'xla': xla.indexer_warmup, 'tpu': tpu.indexer_warmup}
 
 
 def indexer_warmup(q_BTHK: jax.Array, k_BSGK: jax.Array, lse_BTH: jax.Array, iq_BTIJ: jax.Array, ik_BSJ: jax.Array,
@@ -20,6 +21,6 @@ def indexer_warmup(q_BTHK: jax.Array, k_BSGK: jax.Array, lse_BTH: jax.Array, iq_
   is that of `pallas_kernels.index_select`. Differentiates iq, ik and gate only, with the closed form
   (softmax(score) - p) * cotangent. A query that sees nothing has KL 0.
   """
-  run = IMPLEMENTATIONS[dispatch.choose('indexer_warmup', implementation)]
+  run = IMPLEMENTATIONS[implementation_of('indexer_warmup', q_BTHK.shape[1], k_BSGK.shape[1], implementation)]
   return run(*jax.lax.stop_gradient((q_BTHK, k_BSGK, lse_BTH)), iq_BTIJ, ik_BSJ, gate_BTI, q_segment_BT, k_segment_BS,
              q_order_BT, k_order_BS, scale=q_BTHK.shape[-1] ** -0.5 if scale is None else scale)

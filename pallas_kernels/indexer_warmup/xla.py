@@ -7,82 +7,28 @@ B batch, T query time, S key time, G KV heads, N stacked queries (pallas_kernels
 heads, J indexer head dim, Q query tiles, P key tiles.
 """
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tiles
 from pallas_kernels.dense_attention.xla import cut_queries, cut_row, is_small, key_tile, mask_bias, masks_first
-from pallas_kernels.equation import equation, kept
 from pallas_kernels.index_select.xla import products, score
+from pallas_kernels.indexer_warmup.gradient import Passes, Row, warm
 from pallas_kernels.mask import NEG_INF
 
 
-class Row(NamedTuple):
-  """The arrays of one row, or with a leading B of all rows."""
-  q_GNK: jax.Array
-  k_GSK: jax.Array
-  lse_GN: jax.Array
-  iq_ITJ: jax.Array
-  ik_SJ: jax.Array
-  gate_TI: jax.Array
-  q_segment_T: jax.Array
-  k_segment_S: jax.Array
-  q_order_T: jax.Array
-  k_order_S: jax.Array
-
-
-def indexer_warmup(q_BTHK, k_BSGK, lse_BTH, iq_BTIJ, ik_BSJ, gate_BTI, q_segment_BT, k_segment_BS, q_order_BT,
-                   k_order_BS, *, scale):
-  G = k_BSGK.shape[2]
-  rows = Row(tiles.stack_heads(q_BTHK, G), k_BSGK.swapaxes(1, 2), tiles.stack_heads(lse_BTH, G),
-             iq_BTIJ.swapaxes(1, 2), ik_BSJ, gate_BTI, q_segment_BT, k_segment_BS, q_order_BT, k_order_BS)
-  return _warmup(scale, rows)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _warmup(scale, rows: Row):
-  return _forward(scale, rows)[0]
-
-
-def shape(rows: Row) -> tuple[bool, bool]:
-  """(is a row one tile, does the batch go in a loop)."""
-  _, G, N, _ = rows.q_GNK.shape
-  S = rows.ik_SJ.shape[1]
-  small = is_small(rows.iq_ITJ.shape[2], S)
-  return small, not small or G * N * S >= tiles.MANY
-
-
-def _forward(scale, rows: Row):
-  kl_BT, lse_BT = kept(named('forward', functools.partial(run, scale, forward_one, forward_tiles), rows)(rows))
-  return kl_BT, (rows, lse_BT)
-
-
-def run(scale, one, in_tiles, rows: Row, *saved):
-  small, loop = shape(rows)
+def run(one, in_tiles, scale, rows: Row, *saved):
+  """A pass over all rows, each in one tile or in tiles."""
+  (_, G, N, _), (B, T), S = rows.q_GNK.shape, rows.q_order_T.shape, rows.k_order_S.shape[1]
+  small = is_small(T, S)
+  loop = not small or G * N * S >= tiles.MANY
   if not small:
     return tiles.over_rows(functools.partial(in_tiles, scale), (rows, *saved), loop)
   bias = lambda row: mask_bias(row.q_segment_T, row.k_segment_S, row.q_order_T, row.k_order_S, causal=True)
-  if masks_first(*rows.q_order_T.shape, rows.k_order_S.shape[1]):
+  if masks_first(B, T, S):
     return tiles.over_rows(functools.partial(one, scale), (rows, bias(rows), *saved), loop)
   return tiles.over_rows(lambda row, *saved: one(scale, row, bias(row), *saved), (rows, *saved), loop)
-
-
-def _backward(scale, saved, dkl_BT):
-  rows, lse_BT = saved
-  grads = named('backward', functools.partial(run, scale, backward_one, backward_tiles), rows)(rows, lse_BT, dkl_BT)
-  diq, dik, dgate = (g.astype(x.dtype) for g, x in zip(grads, (rows.iq_ITJ, rows.ik_SJ, rows.gate_TI)))
-  return Row(None, None, None, diq, dik, dgate, None, None, None, None),
-
-
-def named(direction: str, fn, rows: Row):
-  (B, G, N, K), (_, I, T, J) = rows.q_GNK.shape, rows.iq_ITJ.shape
-  return equation(f'indexer_warmup_{direction}', fn, B=B, G=G, N=N, K=K, S=rows.k_GSK.shape[2], I=I, T=T, J=J,
-                  width=rows.q_GNK.dtype.itemsize)
-
-
-_warmup.defvjp(_forward, _backward)
 
 
 def forward_one(scale, row: Row, bias_TS):
@@ -161,6 +107,14 @@ def backward_tiles(scale, row: Row, lse_T, dkl_T):
 
   dik_PSJ, (diq_QITJ, dgate_QTI) = jax.lax.scan(one, jnp.zeros(ik_PSJ.shape), (*queries, *rows_T))
   return tiles.join(diq_QITJ, 1)[:, :T], tiles.join(dik_PSJ, 0)[:S], tiles.join(dgate_QTI, 0)[:T]
+
+
+PASSES = Passes(functools.partial(run, forward_one, forward_tiles),
+                functools.partial(run, backward_one, backward_tiles))
+
+
+def indexer_warmup(*arrays, scale) -> jax.Array:
+  return warm(PASSES, *arrays, scale=scale)
 
 
 def head_mean(p_GNS, T: int) -> jax.Array:

@@ -16,7 +16,7 @@ def torch_case(fixtures):
   return fixtures('dsa_torch.npz')
 
 
-@pytest.mark.parametrize('kind', kinds.KINDS)
+@pytest.mark.parametrize('kind', [*kinds.KINDS, 'tpu'])
 class TestEveryImplementation:
 
   @pytest.mark.parametrize('layout, shuffle, causal', [('branches', False, True), ('packed', True, True),
