@@ -54,7 +54,8 @@ MESHES = {
     'v5p_4x4x4': {'stage0': (16, 1, 4), 'stage1': (16, 1, 4), 'stage2': (4, 4, 4), 'stage3': (1, 16, 4)},
     'v5p_4x4x8': {'stage0': (16, 1, 8), 'stage1': (16, 1, 8), 'stage2': (4, 4, 8), 'stage3': (1, 16, 8)},
     'v6e_16x16': {'stage0': (64, 1, 4), 'stage1': (16, 4, 4), 'stage2': (8, 8, 4), 'stage3': (2, 32, 4)},
-    'tpu7x_4x4x4': {'stage0': (16, 1, 8), 'stage1': (16, 1, 8), 'stage2': (4, 4, 8), 'stage3': (1, 16, 8)},  # two devices a chip
+    # Two devices a chip.
+    'tpu7x_4x4x4': {'stage0': (16, 1, 8), 'stage1': (16, 1, 8), 'stage2': (4, 4, 8), 'stage3': (1, 16, 8)},
     # 8 GPUs a host: the last axis stays within one, since experts travel in every layer.
     'h100_8': {'stage0': (2, 1, 4), 'stage1': (1, 2, 4), 'stage2': (1, 2, 4)},
     'h100_64': {'stage0': (16, 1, 4), 'stage1': (16, 1, 4), 'stage2': (4, 4, 4), 'stage3': (1, 16, 4)},

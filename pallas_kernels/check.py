@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.dsa_attention import dsa_attention
 from pallas_kernels.dsa_decode import PAGE, Pages, dsa_decode, eight_bits
+from pallas_kernels.indexer_warmup import indexer_warmup
 
 LIMIT = {'float32': 1e-5, 'bfloat16': 1e-2}
 SELECTION = 1e-3           # share of queries that may differ
@@ -62,13 +64,33 @@ def inputs(case: Case, batch: int = 1) -> tuple[jax.Array, ...]:
 
 
 def attention(case: Case, implementation: str) -> Callable:
-  """(cotangent of o, arguments) -> (outputs, gradients)."""
+  """(cotangent of o, arguments) -> ((outputs, gradients), selection)."""
   def run(do, *x):
     def loss(*floats):
       out = dsa_attention(*floats, *x[6:], topk=case.topk, implementation=implementation)
       return (out.o_BTHK.astype(jnp.float32) * do).sum() + out.kl_BT.sum(), out
     gradients, out = jax.grad(loss, range(6), has_aux=True)(*x[:6])
     return (*out[:3], *gradients), out.selection
+  return jax.jit(run)
+
+
+def dense(case: Case, implementation: str) -> Callable:
+  def run(do, q, k, v, *places):
+    def loss(*floats):
+      out = dense_attention(*floats, *places, implementation=implementation)
+      return (out[0].astype(jnp.float32) * do).sum(), out
+    gradients, out = jax.grad(loss, range(3), has_aux=True)(q, k, v)
+    return (*out, *gradients), None
+  return jax.jit(run)
+
+
+def warmup(case: Case, implementation: str) -> Callable:
+  def run(q, k, lse, iq, ik, gate, *places):
+    def loss(*index):
+      kl_BT = indexer_warmup(q, k, lse, *index, *places, implementation=implementation)
+      return kl_BT.sum(), kl_BT
+    gradients, kl_BT = jax.grad(loss, range(3), has_aux=True)(iq, ik, gate)
+    return (kl_BT, *gradients), None
   return jax.jit(run)
 
 
@@ -97,8 +119,9 @@ def compare(op: str, case: Case, names: tuple[str, ...], make: Callable, argumen
     wanted, right = make(case, 'reference')(*arguments)
   for name, got, want in zip(names, values, wanted):
     yield Found(op + form, case, name, relative(got, want), LIMIT[case.dtype])
-  differ = (chosen.last_BT != right.last_BT).mean()
-  yield Found(op + form, case, 'selection', float(differ), SELECTION)
+  if chosen is not None:
+    differ = (chosen.last_BT != right.last_BT).mean()
+    yield Found(op + form, case, 'selection', float(differ), SELECTION)
   equal = all(bool((a == b).all()) for a, b in zip(jax.tree.leaves((values, chosen)), jax.tree.leaves(again)))
   yield Found(op + form, case, 'other bits', float(not equal), 0)
 
@@ -114,12 +137,15 @@ def rows(cases: tuple[Case, ...] = CASES) -> Iterator[Found]:
     do = jax.random.normal(jax.random.key(1), x[0].shape)
     names = 'o', 'lse', 'kl', 'dq', 'dk', 'dv', 'diq', 'dik', 'dgate'
     yield from compare('dsa_attention', case, names, attention, (do, *x))
+    _, lse_BTH = dense_attention(*x[:3], *x[6:], implementation='reference')
+    yield from compare('dense_attention', case, ('o', 'lse', 'dq', 'dk', 'dv'), dense, (do, *x[:3], *x[6:]))
+    yield from compare('indexer_warmup', case, ('kl', 'diq', 'dik', 'dgate'), warmup, (*x[:2], lse_BTH, *x[3:]))
     for eight in (False, True):
       yield from compare('dsa_decode', case, ('o', 'lse'), decoding, pages(case, eight), ' 8 bits' * eight)
 
 
 def main() -> int:
-  ops = 'index_select', 'dsa_attention', 'dsa_decode'
+  ops = 'index_select', 'dsa_attention', 'dsa_decode', 'dense_attention', 'indexer_warmup'
   print(f'{jax.devices()[0].device_kind}: ' + ', '.join(f'{op} {dispatch.choose(op, None)}' for op in ops))
   bad = 0
   for found in rows():

@@ -8,7 +8,7 @@ Implementation = Literal['reference', 'xla', 'tpu', 'gpu']
 # Ops that have kernels of their own on a platform; 'reference' and 'xla' exist for every op.
 KERNELS: dict[str, tuple[str, ...]] = {
   'tpu': ('index_select', 'dsa_attention', 'dsa_decode', 'dense_attention', 'indexer_warmup'),
-  'gpu': ('index_select', 'dsa_attention', 'dsa_decode'),
+  'gpu': ('index_select', 'dsa_attention', 'dsa_decode', 'dense_attention'),
 }
 
 

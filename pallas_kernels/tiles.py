@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.mask import BRANCH_BITS, NEG_INF
+from pallas_kernels.mask import BRANCH_BITS, NEG_INF, visible
 
 # Segments of padding: tokens that fill up a tile. Neither sees anything, not even its own kind, as real padding does.
 QUERY_PAD, KEY_PAD = -1, -1 << 2 * BRANCH_BITS
@@ -104,6 +104,14 @@ def meeting(q_segment_QT, k_segment_PS, q_order_QT, k_order_PS, causal: bool) ->
   q_sample, k_sample = q_segment_QT >> BRANCH_BITS, k_segment_PS >> BRANCH_BITS
   meet = (low(k_sample)[None] <= high(q_sample)[:, None]) & (high(k_sample)[None] >= low(q_sample)[:, None])
   return meet & (low(k_order_PS)[None] <= high(q_order_QT)[:, None]) if causal else meet
+
+
+def all_visible(q_segment_QT, k_segment_PS, q_order_QT, k_order_PS, causal: bool) -> jax.Array:
+  """bool [Q, P]: surely every query of the tile sees every key of the tile. Of tiles of one branch."""
+  q_low, k_low, k_high = q_segment_QT.min(-1)[:, None], k_segment_PS.min(-1), k_segment_PS.max(-1)
+  one = (q_segment_QT.max(-1)[:, None] == q_low) & (k_high == k_low)
+  order = (q_order_QT.min(-1)[:, None], k_order_PS.max(-1)) if causal else (0, 0)
+  return one & visible(q_low, k_low, *order, causal)
 
 
 def front(flag: jax.Array) -> tuple[jax.Array, jax.Array]:

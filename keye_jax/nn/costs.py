@@ -28,13 +28,17 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
   topk, experts = config.text.indexer.topk, config.text.experts
   travels = config.experts_transport in ('padded', 'ragged')
 
-  def attention(products: int, full: bool = False):
-    """Dense attention with so many products of queries and keys: o and scores 2, their gradients 5."""
+  def attention(backward: bool, full: bool = False):
+    """Dense attention: a product of queries and keys each for the logits and o; backward for the logits, p, and the
+    gradients of q, k and v, on a GPU by two kernels that both need the first two."""
     def rule(B, T, H, K, S, G, width) -> Cost:
-      keys = float(S) if full else seen(T, S)
-      # each block reads the keys it meets; backward adds to gradients
-      tiles = math.ceil(T / block('dense_attention', T, S, H, K))
-      read = B * G * tiles * keys * 2 * K * (width if products == 2 else width + 2 * FLOAT)
+      keys, name = float(S) if full else seen(T, S), dense_attention.implementation_of('dense_attention', T, S)
+      products = 2 if not backward else 7 if name == 'gpu' else 5
+      met = 2.0 * B * T * K * keys                  # numbers, if each query read the keys and values that it meets
+      if name == 'gpu':
+        read = met * width * (G / dense_attention.gpu.QUERIES + backward * H / dense_attention.gpu.KEYS)
+      else:
+        read = met * G / block(name, T, H, K) * (width + backward * 2 * FLOAT)      # backward adds to gradients
       ends = B * K * width * (T * H * products + 2 * S * G)
       return Cost(2.0 * B * H * T * K * keys * products, bytes=read + ends)
     return rule
@@ -84,7 +88,8 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
 
   def warmup(index_products: int):
     def rule(B, G, N, K, S, I, T, J, width) -> Cost:
-      keys, tiles = seen(T, S), math.ceil(T / block('indexer_warmup', T, S, G * N // T, K))
+      name = dense_attention.implementation_of('indexer_warmup', T, S)
+      keys, tiles = seen(T, S), math.ceil(T / block(name, T, G * N // T, K))
       read = B * tiles * keys * (G * K * width + J * (width + 2 * FLOAT * (index_products > 1)))
       ends = B * width * (G * N * K + S * G * K + index_products * I * T * J)
       return Cost(2.0 * B * keys * (G * N * K + I * T * J * index_products), bytes=read + ends)
@@ -118,8 +123,8 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
     return rule
 
   return {
-      'dense_attention_forward': attention(2), 'dense_attention_backward': attention(5),
-      'dense_attention_forward_full': attention(2, True), 'dense_attention_backward_full': attention(5, True),
+      'dense_attention_forward': attention(False), 'dense_attention_backward': attention(True),
+      'dense_attention_forward_full': attention(False, True), 'dense_attention_backward_full': attention(True, True),
       'dsa_attention_forward': sparse(2, 0), 'dsa_attention_backward': sparse(5, 0),
       'dsa_attention_forward_kl': sparse(3, 1), 'dsa_attention_backward_kl': sparse(5, 3),
       'indexer_warmup_forward': warmup(1), 'indexer_warmup_backward': warmup(3),
@@ -127,11 +132,9 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
       'adapted_swiglu_forward': adapted(True), 'adapted_swiglu_backward': adapted(False)}
 
 
-def block(op: str, T: int, S: int, H: int, K: int) -> int:
+def block(name: str, T: int, H: int, K: int) -> int:
   """Queries of dense attention that meet a key tile together."""
-  if dense_attention.implementation_of(op, T, S) == 'tpu':
-    return dense_attention.tpu.block(T, H, K)
-  return dense_attention.xla.query_tile(T, H)
+  return dense_attention.tpu.block(T, H, K) if name == 'tpu' else dense_attention.xla.query_tile(T, H)
 
 
 def causal(T: int, S: int) -> float:

@@ -5,9 +5,10 @@ B batch, T query time, S key time, H query heads, G KV heads, K head dim.
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.dense_attention import reference, tpu, xla
+from pallas_kernels.dense_attention import gpu, reference, tpu, xla
 
-IMPLEMENTATIONS = {'reference': reference.dense_attention, 'xla': xla.dense_attention, 'tpu': tpu.dense_attention}
+IMPLEMENTATIONS = {'reference': reference.dense_attention, 'xla': xla.dense_attention, 'tpu': tpu.dense_attention,
+                   'gpu': gpu.dense_attention}
 
 
 def dense_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, q_segment_BT: jax.Array,

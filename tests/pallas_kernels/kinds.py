@@ -14,6 +14,7 @@ import pytest
 
 from pallas_kernels import gpu_call, tiles, tpu_call
 from pallas_kernels.dense_attention import dense_attention
+from pallas_kernels.dense_attention import gpu as dense_gpu
 from pallas_kernels.dense_attention import tpu as dense_tpu
 from pallas_kernels.dense_attention import xla as dense_xla
 from pallas_kernels.dsa_attention import chunks, dsa_attention, gpu_backward, gpu_indexer, gpu_lists, union
@@ -30,6 +31,7 @@ SMALL = ((tiles, 'KEYS', 8), (dense_xla, 'SMALL', 4), (dense_xla, 'FEW', 0), (de
          (index_xla, 'SMALL', 0), (index_xla, 'QUERIES', 4), (index_xla, 'WIDE', 8), (index_xla, 'LENGTHS', 2),
          (index_tpu, 'GROUPS', (8,)), (index_tpu, 'MANY', 2), (index_tpu, 'WIDE', 16), (tpu_call, 'INTERPRET', True),
          (dense_tpu, 'ROWS', 32), (dense_tpu, 'KEYS', (16, 16)),
+         (dense_gpu, 'QUERIES', 16), (dense_gpu, 'KEYS', 16), (dense_gpu, 'STEP', {2: 8, 4: 8}),
          (decode_tpu, 'SCORED', 8), (decode_tpu, 'ATTENDED', 8),
          (index_gpu, 'GROUP', 4), (index_gpu, 'MOST', 16), (index_gpu, 'TILE', 8), (index_gpu, 'ROWS', 8),
          (index_gpu, 'STRIDE', 2), (index_gpu, 'CANDIDATES', 16), (index_gpu, 'BLOCK', 16), (dsa_gpu, 'GATHER', 8),

@@ -16,7 +16,7 @@ def torch_case(fixtures):
   return fixtures('dsa_torch.npz')
 
 
-@pytest.mark.parametrize('kind', [*kinds.KINDS, 'tpu'])
+@pytest.mark.parametrize('kind', [*kinds.KINDS, 'tpu', 'gpu'])
 class TestEveryImplementation:
 
   @pytest.mark.parametrize('layout, shuffle, causal', [('branches', False, True), ('packed', True, True),
