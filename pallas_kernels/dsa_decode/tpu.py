@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tiles, tpu_call
-from pallas_kernels.dsa_attention import tpu as attention
+from pallas_kernels.dense_attention import tpu as attention
 from pallas_kernels.dsa_decode.pages import DecodeOutput, Pages
 from pallas_kernels.index_select import search
 from pallas_kernels.index_select import tpu as index
@@ -119,7 +119,7 @@ def thresholds(key_PBTS, length_B, topk: int) -> tuple[jax.Array, jax.Array]:
   out = jax.ShapeDtypeStruct((M, 1, ROWS), jnp.int32), pl.BlockSpec((1, 1, ROWS), lambda m, count: (m, 0, 0))
   found = tpu_call.call(
       functools.partial(_thresholds, topk=topk), (M,), [count_M], [key_PNS, order_P1S],
-      [pl.BlockSpec((P, ROWS, S), lambda m, count: (0, m, 0)), attention.whole(order_P1S)], [out, out], [],
+      [pl.BlockSpec((P, ROWS, S), lambda m, count: (0, m, 0)), tpu_call.whole(order_P1S)], [out, out], [],
       parallel=(True,), vmem=index.ROOM + index.BESIDE)
   return tuple(x.reshape(-1)[:B * T].reshape(B, T, 1) for x in found)
 

@@ -7,6 +7,7 @@ Letters as in cases.py.
 """
 import contextlib
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,18 @@ def gradient(kind: str, loss, arguments):
     with small(kind):
       return jax.grad(loss, arguments, has_aux=True)(*args)
   return traced
+
+
+def without_races(monkeypatch, fn, *arguments):
+  """fn(*arguments) with simulated memories and copies of a TPU, each read and write checked against those that it is
+  not ordered with."""
+  from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+  from jax.experimental.pallas import tpu as pltpu
+  params = pltpu.InterpretParams(detect_races=True)
+  monkeypatch.setattr(sys.modules[__name__], 'SMALL', (*SMALL, (tpu_call, 'INTERPRET', params)))
+  out = jax.block_until_ready(jax.jit(fn)(*arguments))
+  assert interpreter.races is not None and not interpreter.races.races_found
+  return out
 
 
 def weights(x, order_BT):

@@ -112,6 +112,14 @@ class TestTiledForm:
     assert np.isfinite(np.asarray(grad)).all() and np.abs(np.asarray(grad)).sum() > 0
 
 
+@pytest.mark.slow
+def test_no_races_on_a_tpu(monkeypatch):
+  case = cases.make(8, **SIZE | dict(B=1)).cast('float32')
+  for got, want in zip(jax.tree.leaves(kinds.without_races(monkeypatch, kinds.dense.__wrapped__('tpu'), *case.dense)),
+                       jax.tree.leaves(kinds.dense('reference')(*case.dense))):
+    assert_close(got, want)
+
+
 def test_heads_must_be_a_multiple_of_kv_heads():
   case = cases.make(0, **SIZE | dict(G=4))
   with pytest.raises(ValueError, match='dense_attention: 3 query heads are not a multiple of 4 KV heads'):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch, tiles, tpu_call
+from pallas_kernels import dispatch, tiles
 from pallas_kernels.dsa_attention import Selection, chunks, dsa_attention, union, way
 from pallas_kernels.mask import NEG_INF
 from tests.pallas_kernels import cases, independent, kinds
@@ -281,20 +281,13 @@ class TestTPU:
 
   @pytest.mark.slow
   def test_no_races(self, monkeypatch):
-    """Simulated memories and copies of a TPU, each read and write checked against those it is not ordered with."""
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
-    from jax.experimental.pallas import tpu as pltpu
-    params = pltpu.InterpretParams(detect_races=True)
-    monkeypatch.setattr(kinds, 'SMALL', (*kinds.SMALL, (tpu_call, 'INTERPRET', params)))
     case = cases.make(15, **SIZE | dict(B=1)).cast('float32')
 
     def loss(*arrays):
       out = dsa_attention(*arrays, *case[6:], topk=TOPK, implementation='tpu')
       return out.o_BTHK.sum() + out.kl_BT.sum(), out
 
-    grads, out = jax.jit(kinds.gradient('tpu', loss, range(6)))(*case[:6])
-    jax.block_until_ready(grads)
-    assert interpreter.races is not None and not interpreter.races.races_found
+    _, out = kinds.without_races(monkeypatch, kinds.gradient('tpu', loss, range(6)), *case[:6])
     assert equal_bits(out.selection, kinds.sparse_values('reference', TOPK)(case, None).selection)
 
 

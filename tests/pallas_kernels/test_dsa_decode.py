@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch, tpu_call
+from pallas_kernels import dispatch
 from pallas_kernels.dsa_attention import dsa_attention
 from pallas_kernels.dsa_decode import Pages, dsa_decode, eight_bits, newest, tpu, write, xla
 from pallas_kernels.mask import NEG_INF
@@ -163,14 +163,8 @@ class TestTPU:
 
   @pytest.mark.slow
   def test_no_races(self, monkeypatch):
-    """Simulated memories and copies of a TPU, each read and write checked against those it is not ordered with."""
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
-    from jax.experimental.pallas import tpu as pltpu
-    params = pltpu.InterpretParams(detect_races=True)
-    monkeypatch.setattr(kinds, 'SMALL', (*kinds.SMALL, (tpu_call, 'INTERPRET', params)))
     arguments = self.arguments(eight=True)
-    out = jax.block_until_ready(program.__wrapped__('tpu', 5)(*arguments))
-    assert interpreter.races is not None and not interpreter.races.races_found
+    out = kinds.without_races(monkeypatch, program.__wrapped__('tpu', 5), *arguments)
     want = program('reference', 5)(*arguments)
     assert_close(out.o_BTHK, want.o_BTHK)
     for got, expected in zip(out.selection, want.selection):

@@ -58,6 +58,15 @@ class TestEveryImplementation:
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((grads, kl)))
 
 
+@pytest.mark.slow
+def test_no_races_on_a_tpu(monkeypatch):
+  case = cases.make(6, **SIZE | dict(B=1)).cast('float32')
+  lse = lse_of(case)
+  for got, want in zip(jax.tree.leaves(kinds.without_races(monkeypatch, kinds.warmup.__wrapped__('tpu'), case, lse)),
+                       jax.tree.leaves(kinds.warmup('reference')(case, lse))):
+    assert_close(got, want)
+
+
 def test_large_tiles_where_a_platform_has_no_cache_to_suit(monkeypatch):
   """As on a GPU, attention and the loss of its indexer: some tiles are left out, and a row of few tokens is one."""
   case = cases.make(5, **SIZE | dict(T=40), layout='packed').cast('float32')
