@@ -7,7 +7,8 @@ Implementation = Literal['reference', 'xla', 'tpu', 'gpu']
 
 # Ops that have kernels of their own on a platform; 'reference' and 'xla' exist for every op.
 KERNELS: dict[str, tuple[str, ...]] = {
-  'tpu': ('index_select', 'dsa_attention', 'dsa_decode', 'dense_attention', 'indexer_warmup'),
+  'tpu': ('index_select', 'dsa_attention', 'dsa_decode', 'dense_attention', 'indexer_warmup', 'grouped_matmul',
+          'routed_swiglu'),
   'gpu': ('index_select', 'dsa_attention', 'dsa_decode', 'dense_attention'),
 }
 

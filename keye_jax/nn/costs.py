@@ -12,9 +12,8 @@ from collections.abc import Callable
 
 from keye_jax.config import ModelConfig
 from keye_jax.jaxpr_costs import Cost, Rule
-from pallas_kernels import dense_attention
+from pallas_kernels import dense_attention, dispatch, grouped_matmul
 from pallas_kernels.dsa_attention import implementation_of
-from pallas_kernels.grouped_matmul import xla as grouped
 from pallas_kernels.index_select import gpu, tpu
 
 FLOAT = 4
@@ -99,10 +98,24 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
     """Picks: of rows with one each, mine and room for more; else of rows of all devices."""
     return N * K / config.experts_capacity if travels else N * K * E / experts
 
+  def by_megablox(forward: bool, N, D, E, F, K, width) -> Cost:
+    """`grouped_matmul/tpu.py`: the backward pass forms hidden values again. Rows are gathered, and results put back
+    for every pick, also those of other devices; a product reads its rows once a tile of its results, weights once."""
+    picks, weights = computed(N, E, K), 3 * D * F
+    reads = lambda rows, results: rows * math.ceil(results * width / grouped_matmul.tpu.FEATURES[1])
+    first = 2 * D + reads(D, 2 * F) + 5 * F
+    if forward:
+      return Cost(2.0 * picks * weights, bytes=width * (N * K * D + picks * (first + reads(F, D) + D) + E * weights))
+    rest = 4 * D + reads(D, F) + 7 * F + reads(F, D) + reads(D, F) + reads(D, 2 * F) + 2 * reads(2 * F, D) + D
+    return Cost((4.0 + 4.0 / 3.0) * picks * weights,
+                bytes=width * (N * K * D + picks * (first + rest) + 3 * E * weights))
+
   def routed(forward: bool):
     def rule(N, D, E, F, K, width) -> Cost:
+      if dispatch.choose('routed_swiglu', None) == 'tpu':
+        return by_megablox(forward, N, D, E, F, K, width)
       picks = computed(N, E, K)
-      tiles, weights = picks / grouped.MAX_TILE + E, 3 * D * F
+      tiles, weights = picks / grouped_matmul.xla.MAX_TILE + E, 3 * D * F
       rows = picks * width * (4 * D + 2 * F)               # rows in, hidden values out or in, results out and in
       if forward:
         return Cost(2.0 * picks * weights, bytes=rows + tiles * weights * width)
@@ -114,7 +127,7 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
     forms x A again."""
     def rule(N, D, E, F, K, G, A, width, stored) -> Cost:
       picks = computed(N, E, K)
-      tiles, weights, pairs = picks / grouped.MAX_TILE + E, 3 * D * F, G * (D + 2 * F) + A * (F + D)
+      tiles, weights, pairs = picks / grouped_matmul.xla.MAX_TILE + E, 3 * D * F, G * (D + 2 * F) + A * (F + D)
       rows = picks * width * (4 * D + 2 * F)
       if forward:
         return Cost(2.0 * picks * (weights + pairs), bytes=rows + tiles * (weights * stored + pairs * width))

@@ -40,13 +40,16 @@ def local(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD):
 def ring(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD):
   gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
   first = jax.lax.axis_index(AXIS) * count(down_EFD)
-  y_ND = swiglu(gather(x_ND), gather(expert_NK) - first, gather(weight_NK), gate_up_EDF2, down_EFD)
+  y_ND = swiglu(gather(x_ND), gather(expert_NK) - first, gather(weight_NK), gate_up_EDF2, down_EFD,
+                jax.lax.axis_size(AXIS))
   return jax.lax.psum_scatter(y_ND, AXIS, tiled=True), jnp.zeros(len(x_ND))
 
 
-def swiglu(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD):
-  run = adapted_swiglu if isinstance(down_EFD, Adapted) else routed_swiglu
-  return run(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD)
+def swiglu(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD, devices: int = 1):
+  """devices: how many share the picks."""
+  if isinstance(down_EFD, Adapted):
+    return adapted_swiglu(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD)
+  return routed_swiglu(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD, devices=devices)
 
 
 def count(down_EFD) -> int:

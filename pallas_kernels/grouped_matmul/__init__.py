@@ -2,13 +2,15 @@
 
 N rows, D input features, F output features (of `routed_swiglu`: hidden ones), E experts, K experts of a row.
 """
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.equation import equation
-from pallas_kernels.grouped_matmul import adapted, reference, routed, xla
+from pallas_kernels.grouped_matmul import adapted, reference, routed, tpu, xla
 
 
 def grouped_matmul(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array,
@@ -22,19 +24,21 @@ def grouped_matmul(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array,
   if x_ND.ndim != 2 or w_EDF.ndim != 3 or x_ND.shape[1] != w_EDF.shape[1] or sizes_E.shape != w_EDF.shape[:1]:
     raise ValueError('grouped_matmul: x [N, D], weights [E, D, F] and sizes [E] do not fit: '
                      f'{x_ND.shape}, {w_EDF.shape}, {sizes_E.shape}')
-  if dispatch.choose('grouped_matmul', implementation) == 'reference':
+  name = dispatch.choose('grouped_matmul', implementation)
+  if name == 'reference':
     return reference.grouped_matmul(x_ND, w_EDF, sizes_E)
-  return _matmul(x_ND, w_EDF, sizes_E)
+  return _matmul(name, x_ND, w_EDF, sizes_E)
 
 
 def routed_swiglu(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, gate_up_EDF2: jax.Array,
-                  down_EFD: jax.Array, implementation: Implementation | None = None) -> jax.Array:
+                  down_EFD: jax.Array, implementation: Implementation | None = None, devices: int = 1) -> jax.Array:
   """y[n] = sum_k weight[n, k] * MLP_e(x[n]), e = expert[n, k], MLP_e(x) = (silu(x W_gate) * (x W_up)) W_down.
 
   expert_NK: int32; a pick outside 0..E-1 belongs to another device, or to padding, and adds nothing. weight_NK:
   float32. gate_up_EDF2: [E, D, 2 F], the gate in the first half. y has x's dtype, products are accumulated in float32.
-  Differentiable in x, weight and both matrices; the backward pass keeps the hidden pre-activations [N K, 2 F].
-  Raises ValueError when the shapes do not fit.
+  Differentiable in x, weight and both matrices; where the backward pass keeps the hidden pre-activations they are
+  [N K, 2 F]. devices: how many share the picks, so that about one in so many is of an expert here; it never changes the
+  result. Raises ValueError when the shapes do not fit.
   """
   E, D, F2 = gate_up_EDF2.shape
   if F2 % 2 or down_EFD.shape != (E, F2 // 2, D):
@@ -43,9 +47,10 @@ def routed_swiglu(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, g
   if expert_NK.ndim != 2 or weight_NK.shape != expert_NK.shape or x_ND.shape != (len(expert_NK), D):
     raise ValueError(f'routed_swiglu: x [N, D], experts [N, K] and weights [N, K] with D = {D} do not fit: '
                      f'{x_ND.shape}, {expert_NK.shape}, {weight_NK.shape}')
-  if dispatch.choose('routed_swiglu', implementation) == 'reference':
+  name = dispatch.choose('routed_swiglu', implementation)
+  if name == 'reference':
     return reference.routed_swiglu(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD)
-  return _routed(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD)
+  return _routed(name, devices, x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD)
 
 
 def adapted_swiglu(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, gate_up: tuple[jax.Array, ...],
@@ -77,45 +82,54 @@ def adapted_swiglu(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, 
   return _adapted(x_ND, expert_NK, weight_NK, gate_up, down)
 
 
-@jax.custom_vjp
-def _matmul(x_ND, w_EDF, sizes_E):
-  return xla.matmul(x_ND, w_EDF, sizes_E)
+MATMUL = {'xla': xla, 'tpu': tpu}
+ROUTED = {'xla': routed, 'tpu': tpu}
 
 
-def _matmul_fwd(x_ND, w_EDF, sizes_E):
-  return xla.matmul(x_ND, w_EDF, sizes_E), (x_ND, w_EDF, sizes_E)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(name, x_ND, w_EDF, sizes_E):
+  return MATMUL[name].matmul(x_ND, w_EDF, sizes_E)
 
 
-def _matmul_bwd(saved, dy_NF):
-  return *xla.matmul_bwd(*saved, dy_NF), None
+def _matmul_fwd(name, x_ND, w_EDF, sizes_E):
+  return _matmul(name, x_ND, w_EDF, sizes_E), (x_ND, w_EDF, sizes_E)
+
+
+def _matmul_bwd(name, saved, dy_NF):
+  return *MATMUL[name].matmul_bwd(*saved, dy_NF), None
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-@jax.custom_vjp
-def _routed(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD):
-  return _named('forward', routed.swiglu, x_ND, weight_NK, down_EFD)(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _routed(name, devices, x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD):
+  if expert_NK.size <= routed.FEW_PICKS:
+    run, picks = routed.few, expert_NK
+  else:
+    run, picks = functools.partial(ROUTED[name].swiglu, devices), ROUTED[name].sort(expert_NK, len(down_EFD))
+  return _named('forward', run, x_ND, weight_NK, down_EFD)(x_ND, picks, weight_NK, gate_up_EDF2, down_EFD)
 
 
-def _routed_fwd(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD):
-  forward = _named('forward', routed.swiglu_fwd, x_ND, weight_NK, down_EFD)
-  y_ND, saved = forward(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD)
-  return y_ND, (x_ND, weight_NK, gate_up_EDF2, down_EFD, saved)
+def _routed_fwd(name, devices, x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD):
+  arrays = x_ND, ROUTED[name].sort(expert_NK, len(down_EFD)), weight_NK, gate_up_EDF2, down_EFD
+  forward = _named('forward', functools.partial(ROUTED[name].swiglu_fwd, devices), x_ND, weight_NK, down_EFD)
+  y_ND, more = forward(*arrays)
+  return y_ND, (*arrays, more)
 
 
-def _routed_bwd(saved, dy_ND):
-  backward = _named('backward', routed.swiglu_bwd, saved[0], saved[1], saved[3])
+def _routed_bwd(name, devices, saved, dy_ND):
+  backward = _named('backward', functools.partial(ROUTED[name].swiglu_bwd, devices), saved[0], saved[2], saved[4])
   dx_ND, dweight_NK, dgate_up_EDF2, ddown_EFD = backward(*saved, dy_ND)
   return dx_ND, None, dweight_NK, dgate_up_EDF2, ddown_EFD
+
+
+_routed.defvjp(_routed_fwd, _routed_bwd)
 
 
 def _named(direction, fn, x_ND, weight_NK, down_EFD, op='routed_swiglu', **ranks):
   (N, D), (E, F, _) = x_ND.shape, down_EFD.shape
   return equation(f'{op}_{direction}', fn, N=N, D=D, E=E, F=F, K=weight_NK.shape[1], width=x_ND.dtype.itemsize, **ranks)
-
-
-_routed.defvjp(_routed_fwd, _routed_bwd)
 
 
 @jax.custom_vjp

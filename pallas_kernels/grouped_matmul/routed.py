@@ -23,12 +23,16 @@ class Sorted(NamedTuple):
 
 
 def sort(expert_NK: jax.Array, E: int) -> Sorted:
-  expert_M = expert_NK.reshape(-1)
-  expert_M = jnp.where((expert_M >= 0) & (expert_M < E), expert_M, E)
+  expert_M = own(expert_NK.reshape(-1), E)
   pick_M = jnp.argsort(expert_M)
   sizes_E = jnp.diff(jnp.searchsorted(expert_M[pick_M], jnp.arange(E + 1))).astype(jnp.int32)
   place_M = jnp.zeros_like(pick_M).at[pick_M].set(jnp.arange(pick_M.size), unique_indices=True)
   return Sorted(pick_M, place_M.reshape(expert_NK.shape), sizes_E)
+
+
+def own(expert_M, E: int):
+  """Experts of this device; E for all others."""
+  return jnp.where((expert_M >= 0) & (expert_M < E), expert_M, E)
 
 
 def activate(h_RF2):
@@ -48,18 +52,16 @@ def activated(h_RF2):
   return silu_RF * up_RF, gradient
 
 
-def swiglu(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD):
-  K = expert_NK.shape[1]
-  if expert_NK.size <= FEW_PICKS:
-    return few(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD)
-  order = sort(expert_NK, len(down_EFD))
+def swiglu(devices, x_ND, order: Sorted, weight_NK, gate_up_EDF2, down_EFD):
+  """devices: unused, a tile of nobody's picks costs nothing."""
+  K = weight_NK.shape[1]
 
   def body(y_MD, tile):
     x_RD = x_ND[read(order.pick_M, tile) // K]
     act_RF = activate(dot('RD,DF->RF', x_RD, gate_up_EDF2[tile.expert])).astype(x_ND.dtype)
     return write(y_MD, dot('RF,FD->RD', act_RF, down_EFD[tile.expert]), tile)
 
-  y_MD = for_tiles(expert_NK.size, order.sizes_E, body, jnp.zeros((expert_NK.size, x_ND.shape[1]), x_ND.dtype))
+  y_MD = for_tiles(weight_NK.size, order.sizes_E, body, jnp.zeros((weight_NK.size, x_ND.shape[1]), x_ND.dtype))
   return combine(y_MD, order, weight_NK)
 
 
@@ -84,10 +86,9 @@ def few(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD):
   return jnp.stack(rows).astype(x_ND.dtype)
 
 
-def swiglu_fwd(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD):
-  """(y_ND, what the backward pass reads: the order of the picks and their pre-activations h_MF2)."""
-  M, K = expert_NK.size, expert_NK.shape[1]
-  order = sort(expert_NK, len(down_EFD))
+def swiglu_fwd(devices, x_ND, order: Sorted, weight_NK, gate_up_EDF2, down_EFD):
+  """(y_ND, what the backward pass reads: the pre-activations h_MF2)."""
+  M, K = weight_NK.size, weight_NK.shape[1]
 
   def body(carry, tile):
     y_MD, h_MF2 = carry
@@ -97,12 +98,11 @@ def swiglu_fwd(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD):
 
   zeros = lambda width: jnp.zeros((M, width), x_ND.dtype)
   y_MD, h_MF2 = for_tiles(M, order.sizes_E, body, (zeros(x_ND.shape[1]), zeros(gate_up_EDF2.shape[2])))
-  return combine(y_MD, order, weight_NK), (order, h_MF2)
+  return combine(y_MD, order, weight_NK), h_MF2
 
 
-def swiglu_bwd(x_ND, weight_NK, gate_up_EDF2, down_EFD, saved, dy_ND):
+def swiglu_bwd(devices, x_ND, order: Sorted, weight_NK, gate_up_EDF2, down_EFD, h_MF2, dy_ND):
   """Gradients of x, weight, gate_up and down; those of the matrices are added up in float32."""
-  order, h_MF2 = saved
   (M, K), dtype = (weight_NK.size, weight_NK.shape[1]), x_ND.dtype
   weight_M = weight_NK.reshape(-1).astype(jnp.float32)
 

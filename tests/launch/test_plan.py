@@ -116,7 +116,7 @@ def test_a_small_run_is_planned(capfd):
   size = found['bytes']
   assert found['device'] == 'TPU v5' and found['mesh'] == {'data': 1, 'context': 2, 'expert': 2}
   assert found['ops'] == {'dsa_attention_backward_kl': 'tpu', 'dsa_attention_forward_kl': 'tpu',
-                          'routed_swiglu_backward': 'xla', 'routed_swiglu_forward': 'xla'}
+                          'routed_swiglu_backward': 'tpu', 'routed_swiglu_forward': 'tpu'}
   assert size['fits'] and size['temporaries'] > 0
   # a little more than the parts: step, key, and rows of lanes that are padded
   assert size['parameters'] + size['optimizer'] + size['batch'] < size['arguments'] < size['peak']

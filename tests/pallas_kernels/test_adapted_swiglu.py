@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.grouped_matmul import adapted_swiglu
-from tests.pallas_kernels.test_grouped_matmul import IMPLEMENTATIONS, D, E, F, routed_inputs, routed_loop
+from tests.pallas_kernels.test_grouped_matmul import D, E, F, routed_inputs, routed_loop
 from tests.tolerances import assert_close
 
 RANKS = 3, 2
@@ -40,7 +40,7 @@ def check(implementation, expert, ranks=RANKS):
   assert not dw1.any() and not dw2.any()
 
 
-@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+@pytest.mark.parametrize('implementation', ['reference', 'xla'])
 def test_values_and_gradients(implementation):
   rng = np.random.default_rng(1)
   check(implementation, rng.permuted(np.tile(np.arange(-1, E + 1), (41, 1)), axis=1)[:, :2])
@@ -51,7 +51,7 @@ def test_one_matrix_may_have_no_pair():
   check('xla', np.random.default_rng(2).integers(0, E, (41, 2)), (3, 0))
 
 
-@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+@pytest.mark.parametrize('implementation', ['reference', 'xla'])
 def test_matrices_in_8_bits_are_those_times_their_scale(implementation):
   """Values and gradients, one matrix in 8 bits with a pair and one without, against those of the float matrices."""
   rng = np.random.default_rng(3)

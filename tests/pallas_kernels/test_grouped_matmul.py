@@ -8,12 +8,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.grouped_matmul import grouped_matmul, routed_swiglu, xla
+from pallas_kernels import tpu_call
+from pallas_kernels.grouped_matmul import grouped_matmul, routed, routed_swiglu, tpu, xla
 from tests.tolerances import assert_close
 
 E, D, F = 4, 12, 8
-IMPLEMENTATIONS = ['reference', 'xla']
+IMPLEMENTATIONS = ['reference', 'xla', 'tpu']
 LOADS = [(20, 0, 7, 14), (0, 0, 0, 41), (41, 0, 0, 0), (10, 10, 10, 3), (0, 0, 0, 0)]     # rows of each expert, of 41
+
+
+@pytest.fixture(autouse=True)
+def interpreted_in_small_tiles(monkeypatch):
+  """Read while tracing."""
+  for module, name, value in ((tpu_call, 'INTERPRET', True), (tpu, 'ROWS', (16, 8)), (tpu, 'COUNTED', 16),
+                              (tpu, 'COMBINED', 16)):
+    monkeypatch.setattr(module, name, value)
 
 
 @functools.partial(jax.jit, static_argnames='implementation')
@@ -89,18 +98,18 @@ def routed_loop(x, expert, weight, gate_up, down, dy):
   return y, dx, dweight, dgate_up, ddown
 
 
-@functools.partial(jax.jit, static_argnames='implementation')
-def routed_and_gradients(x, expert, weight, gate_up, down, dy, implementation):
-  y, vjp = jax.vjp(lambda x, *a: routed_swiglu(x, expert, *a, implementation), x, weight, gate_up, down)
+@functools.partial(jax.jit, static_argnames=('implementation', 'devices'))
+def routed_and_gradients(x, expert, weight, gate_up, down, dy, implementation, devices):
+  y, vjp = jax.vjp(lambda x, *a: routed_swiglu(x, expert, *a, implementation, devices), x, weight, gate_up, down)
   return y, *vjp(dy)
 
 
-def check_routed(implementation, expert):
+def check_routed(implementation, expert, devices=1):
   x, weight, gate_up, down, dy = routed_inputs(len(expert))
   x32, weight32, gate_up32, down32, dy32 = map(jnp.float32, (x, weight, gate_up, down, dy))
   expert = jnp.asarray(expert, jnp.int32)
   want = routed_loop(x, np.asarray(expert), weight, gate_up, down, dy)
-  actual = routed_and_gradients(x32, expert, weight32, gate_up32, down32, dy32, implementation)
+  actual = routed_and_gradients(x32, expert, weight32, gate_up32, down32, dy32, implementation, devices)
   for name, a, b in zip(('y', 'dx', 'dweight', 'dgate_up', 'ddown'), actual, want):
     assert_close(a, b, what=name)
   alone = jax.jit(routed_swiglu, static_argnames='implementation')(x32, expert, weight32, gate_up32, down32,
@@ -122,6 +131,12 @@ class TestRoutedSwiglu:
   def test_uneven_loads(self, implementation, expert):
     check_routed(implementation, expert)
 
+  @pytest.mark.parametrize('expert', [[[0, 1]] * 41, [[E, 2]] * 41, [[E, -1]] * 41])
+  def test_picks_that_several_devices_share_whoever_owns_them(self, expert):
+    """Of 82 picks a part holds 34 or so: all three, half of them, no part at all."""
+    for devices in (3, 82):
+      check_routed('tpu', expert, devices)
+
   @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
   def test_a_decode_step(self, implementation):
     check_routed(implementation, [[1, 0], [E, 2], [-1, 3]])
@@ -130,6 +145,13 @@ class TestRoutedSwiglu:
   @given(st.lists(st.tuples(st.integers(-1, E), st.integers(-1, E)), min_size=41, max_size=41))
   def test_any_picks(self, expert):
     check_routed('xla', expert)
+
+  @settings(max_examples=40, deadline=None)
+  @given(st.lists(st.tuples(st.integers(-1, E), st.integers(-1, E)), min_size=1, max_size=50))
+  def test_picks_are_counted_into_the_order_of_a_stable_sort(self, expert):
+    expert = jnp.asarray(expert, jnp.int32)
+    for got, want in zip(tpu.sort(expert, E), routed.sort(expert, E)):
+      assert np.array_equal(got, want)
 
   @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
   def test_bfloat16(self, implementation):
