@@ -20,7 +20,7 @@ from keye_jax.config import RunConfig
 from keye_jax.jaxpr_costs import Cost
 from keye_jax.nn import costs, counts, keye
 from keye_jax.rollout import sampler
-from pallas_kernels import dense_attention, dispatch, dsa_attention
+from pallas_kernels import dense_attention, dispatch, dsa_attention, grouped_matmul
 
 STEPS = ('train', 'rl')        # with a gradient and an optimizer
 WHATS = (*STEPS, 'prefill', 'decode')
@@ -137,6 +137,8 @@ def chosen(op: str, **dims: int) -> str:
     return dsa_attention.implementation_of(dims['G'] * dims['N'] // dims['T'], dims['T'], dims['S'])
   if op in ('dense_attention', 'indexer_warmup'):
     return dense_attention.implementation_of(op, dims['T'], dims['S'])
+  if op == 'routed_swiglu':
+    return grouped_matmul.implementation_of(dims['N'] * dims['K'])
   return dispatch.choose(op, None)
 
 

@@ -18,6 +18,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.dsa_attention import dsa_attention
 from pallas_kernels.dsa_decode import PAGE, Pages, dsa_decode, eight_bits
+from pallas_kernels.grouped_matmul import routed_swiglu
 from pallas_kernels.indexer_warmup import indexer_warmup
 
 LIMIT = {'float32': 1e-5, 'bfloat16': 1e-2}
@@ -94,6 +95,27 @@ def warmup(case: Case, implementation: str) -> Callable:
   return jax.jit(run)
 
 
+def experts(case: Case, implementation: str) -> Callable:
+  def run(dy, x, expert, *rest):
+    def loss(x, *rest):
+      y_ND = routed_swiglu(x, expert, *rest, implementation, devices=2)
+      return (y_ND.astype(jnp.float32) * dy).sum(), y_ND
+    gradients, y_ND = jax.grad(loss, range(4), has_aux=True)(x, *rest)
+    return (y_ND, *gradients), None
+  return jax.jit(run)
+
+
+def picks(case: Case, E: int = 8, K: int = 2):
+  """Arguments of `experts`: of twice as many experts, half of which another device has; features are those of q."""
+  D, F = case.H * case.K // 8, case.G * case.K
+  keys = iter(jax.random.split(jax.random.key(case.S), 6))
+  normal = lambda *shape: jax.random.normal(next(keys), shape)
+  expert_NK = jax.random.randint(next(keys), (case.T, K), 0, 2 * E)
+  matrices = ((normal(E, i, o) * i ** -0.5).astype(case.dtype) for i, o in ((D, 2 * F), (F, D)))
+  x_ND, weight_NK = normal(case.T, D).astype(case.dtype), jax.nn.softmax(normal(case.T, K))
+  return normal(case.T, D), x_ND, expert_NK, weight_NK, *matrices
+
+
 def decoding(case: Case, implementation: str) -> Callable:
   def run(*x):
     out = dsa_decode(*x, topk=case.topk, implementation=implementation)
@@ -140,12 +162,13 @@ def rows(cases: tuple[Case, ...] = CASES) -> Iterator[Found]:
     _, lse_BTH = dense_attention(*x[:3], *x[6:], implementation='reference')
     yield from compare('dense_attention', case, ('o', 'lse', 'dq', 'dk', 'dv'), dense, (do, *x[:3], *x[6:]))
     yield from compare('indexer_warmup', case, ('kl', 'diq', 'dik', 'dgate'), warmup, (*x[:2], lse_BTH, *x[3:]))
+    yield from compare('routed_swiglu', case, ('y', 'dx', 'dweight', 'dgate_up', 'ddown'), experts, picks(case))
     for eight in (False, True):
       yield from compare('dsa_decode', case, ('o', 'lse'), decoding, pages(case, eight), ' 8 bits' * eight)
 
 
 def main() -> int:
-  ops = 'index_select', 'dsa_attention', 'dsa_decode', 'dense_attention', 'indexer_warmup'
+  ops = 'index_select', 'dsa_attention', 'dsa_decode', 'dense_attention', 'indexer_warmup', 'routed_swiglu'
   print(f'{jax.devices()[0].device_kind}: ' + ', '.join(f'{op} {dispatch.choose(op, None)}' for op in ops))
   bad = 0
   for found in rows():

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from keye_jax.config import ModelConfig
 from keye_jax.jaxpr_costs import Cost, Rule
-from pallas_kernels import dense_attention, dispatch, grouped_matmul
+from pallas_kernels import dense_attention, grouped_matmul
 from pallas_kernels.dsa_attention import implementation_of
 from pallas_kernels.index_select import gpu, tpu
 
@@ -98,11 +98,13 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
     """Picks: of rows with one each, mine and room for more; else of rows of all devices."""
     return N * K / config.experts_capacity if travels else N * K * E / experts
 
-  def by_megablox(forward: bool, N, D, E, F, K, width) -> Cost:
-    """`grouped_matmul/tpu.py`: the backward pass forms hidden values again. Rows are gathered, and results put back
-    for every pick, also those of other devices; a product reads its rows once a tile of its results, weights once."""
+  def by_kernels(name: str, forward: bool, N, D, E, F, K, width) -> Cost:
+    """`grouped_matmul/parts.py`: the backward pass forms hidden values again. Rows are gathered, and results put back
+    for every pick, also those of other devices; a product reads weights once, and its rows once a tile of its results,
+    which on a GPU is once from memory."""
     picks, weights = computed(N, E, K), 3 * D * F
-    reads = lambda rows, results: rows * math.ceil(results * width / grouped_matmul.tpu.FEATURES[1])
+    most = {'tpu': grouped_matmul.tpu.FEATURES[1] // width}.get(name, max(D, 2 * F))
+    reads = lambda rows, results: rows * math.ceil(results / most)
     first = 2 * D + reads(D, 2 * F) + 5 * F
     if forward:
       return Cost(2.0 * picks * weights, bytes=width * (N * K * D + picks * (first + reads(F, D) + D) + E * weights))
@@ -112,8 +114,8 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
 
   def routed(forward: bool):
     def rule(N, D, E, F, K, width) -> Cost:
-      if dispatch.choose('routed_swiglu', None) == 'tpu':
-        return by_megablox(forward, N, D, E, F, K, width)
+      if (name := grouped_matmul.implementation_of(N * K)) != 'xla':
+        return by_kernels(name, forward, N, D, E, F, K, width)
       picks = computed(N, E, K)
       tiles, weights = picks / grouped_matmul.xla.MAX_TILE + E, 3 * D * F
       rows = picks * width * (4 * D + 2 * F)               # rows in, hidden values out or in, results out and in

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.equation import equation
-from pallas_kernels.grouped_matmul import adapted, reference, routed, tpu, xla
+from pallas_kernels.grouped_matmul import adapted, gpu, reference, routed, tpu, xla
 
 
 def grouped_matmul(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array,
@@ -47,10 +47,16 @@ def routed_swiglu(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, g
   if expert_NK.ndim != 2 or weight_NK.shape != expert_NK.shape or x_ND.shape != (len(expert_NK), D):
     raise ValueError(f'routed_swiglu: x [N, D], experts [N, K] and weights [N, K] with D = {D} do not fit: '
                      f'{x_ND.shape}, {expert_NK.shape}, {weight_NK.shape}')
-  name = dispatch.choose('routed_swiglu', implementation)
+  name = implementation_of(expert_NK.size, implementation)
   if name == 'reference':
     return reference.routed_swiglu(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD)
   return _routed(name, devices, x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD)
+
+
+def implementation_of(picks: int, implementation: Implementation | None = None) -> str:
+  """Name of the implementation of `routed_swiglu`; None asks for the best one. Few picks each read their weights."""
+  name = dispatch.choose('routed_swiglu', implementation)
+  return 'xla' if picks <= routed.FEW_PICKS and name != 'reference' else name
 
 
 def adapted_swiglu(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, gate_up: tuple[jax.Array, ...],
@@ -82,8 +88,8 @@ def adapted_swiglu(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, 
   return _adapted(x_ND, expert_NK, weight_NK, gate_up, down)
 
 
-MATMUL = {'xla': xla, 'tpu': tpu}
-ROUTED = {'xla': routed, 'tpu': tpu}
+MATMUL = {'xla': xla, 'tpu': tpu.KERNELS, 'gpu': gpu.KERNELS}
+ROUTED = {'xla': routed, 'tpu': tpu.KERNELS, 'gpu': gpu.KERNELS}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

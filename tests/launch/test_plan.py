@@ -51,7 +51,11 @@ def test_short_rows_on_a_gpu_are_not_for_its_kernels(monkeypatch):
   dims = dict(G=4, N=8 * 4096, T=4096, K=128)
   assert planning.chosen('dsa_attention', S=4096, **dims) == 'xla'
   assert planning.chosen('dsa_attention', S=65536, **dims) == 'gpu'
-  assert planning.chosen('routed_swiglu', N=64) == 'xla'
+  assert planning.chosen('dense_attention', T=2048, S=2048) == 'xla'
+  assert planning.chosen('dense_attention', T=4096, S=4096) == 'gpu'
+  assert planning.chosen('routed_swiglu', N=1, K=8) == 'xla'
+  assert planning.chosen('routed_swiglu', N=64, K=8) == 'gpu'
+  assert planning.chosen('adapted_swiglu', N=64, K=8) == 'xla'
 
 
 def test_a_policy_step_needs_the_most_responses_of_a_row():
@@ -153,6 +157,6 @@ def test_a_small_prefill_is_planned_for_gpus(capfd):
   assert cli.main([*WORDS, *words, '--json']) == 0
   found = json.loads(capfd.readouterr().out)
   assert found['device'] == 'NVIDIA H100 80GB HBM3' and found['mesh'] == {'data': 1, 'context': 2, 'expert': 2}
-  assert found['ops'] == {'dsa_attention_forward_kl': 'gpu', 'routed_swiglu_forward': 'xla'}
+  assert found['ops'] == {'dsa_attention_forward_kl': 'gpu', 'routed_swiglu_forward': 'gpu'}
   assert found['bytes']['fits'] and found['bytes']['temporaries'] > 0 and found['largest'][0]['bytes'] > 0
   assert found['hbm_s_without_masked'] < found['hbm_s'] and found['sent_bytes']['expert'] > 0

@@ -10,8 +10,8 @@ SMALL = check.Case('float32', 8, 24, 5, first=6, H=4, G=2, K=8, I=2, J=8)
 def test_a_row_for_each_op_and_quantity_within_its_limit(monkeypatch):
   monkeypatch.setattr(check, 'PAGE', 4)
   found = list(check.rows((SMALL,)))
-  assert {row.op for row in found} == {'dsa_attention', 'dense_attention', 'indexer_warmup', 'dsa_decode',
-                                       'dsa_decode 8 bits'}
+  assert {row.op for row in found} == {'dsa_attention', 'dense_attention', 'indexer_warmup', 'routed_swiglu',
+                                       'dsa_decode', 'dsa_decode 8 bits'}
   assert {row.what for row in found} >= {'o', 'lse', 'kl', 'dq', 'dk', 'dv', 'diq', 'dik', 'dgate', 'selection'}
   assert all(row.error <= row.limit for row in found), found
 

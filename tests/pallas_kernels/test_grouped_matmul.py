@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import tpu_call
-from pallas_kernels.grouped_matmul import grouped_matmul, routed, routed_swiglu, tpu, xla
+from pallas_kernels import gpu_call, tpu_call
+from pallas_kernels.grouped_matmul import gpu, grouped_matmul, parts, routed, routed_swiglu, tpu, xla
 from tests.tolerances import assert_close
 
 E, D, F = 4, 12, 8
-IMPLEMENTATIONS = ['reference', 'xla', 'tpu']
+IMPLEMENTATIONS = ['reference', 'xla', 'tpu', 'gpu']
 LOADS = [(20, 0, 7, 14), (0, 0, 0, 41), (41, 0, 0, 0), (10, 10, 10, 3), (0, 0, 0, 0)]     # rows of each expert, of 41
 
 
@@ -21,7 +21,8 @@ LOADS = [(20, 0, 7, 14), (0, 0, 0, 41), (41, 0, 0, 0), (10, 10, 10, 3), (0, 0, 0
 def interpreted_in_small_tiles(monkeypatch):
   """Read while tracing."""
   for module, name, value in ((tpu_call, 'INTERPRET', True), (tpu, 'ROWS', (16, 8)), (tpu, 'COUNTED', 16),
-                              (tpu, 'COMBINED', 16)):
+                              (gpu_call, 'INTERPRET', True), (gpu, 'ROWS', 8), (gpu, 'FEATURES', 16),
+                              (gpu, 'STEP', {2: 8, 4: 8}), (parts, 'COMBINED', 16)):
     monkeypatch.setattr(module, name, value)
 
 
@@ -131,11 +132,12 @@ class TestRoutedSwiglu:
   def test_uneven_loads(self, implementation, expert):
     check_routed(implementation, expert)
 
+  @pytest.mark.parametrize('implementation', ['tpu', 'gpu'])
   @pytest.mark.parametrize('expert', [[[0, 1]] * 41, [[E, 2]] * 41, [[E, -1]] * 41])
-  def test_picks_that_several_devices_share_whoever_owns_them(self, expert):
+  def test_picks_that_several_devices_share_whoever_owns_them(self, implementation, expert):
     """Of 82 picks a part holds 34 or so: all three, half of them, no part at all."""
     for devices in (3, 82):
-      check_routed('tpu', expert, devices)
+      check_routed(implementation, expert, devices)
 
   @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
   def test_a_decode_step(self, implementation):
