@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from keye_jax.config import ModelConfig
 from keye_jax.jaxpr_costs import Cost, Rule
-from pallas_kernels import dense_attention, grouped_matmul
+from pallas_kernels import dense_attention, dispatch, grouped_matmul
 from pallas_kernels.dsa_attention import implementation_of
 from pallas_kernels.index_select import gpu, tpu
 
@@ -133,7 +133,8 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
       rows = picks * width * (4 * D + 2 * F)
       if forward:
         return Cost(2.0 * picks * (weights + pairs), bytes=rows + tiles * (weights * stored + pairs * width))
-      return Cost(2.0 * picks * (weights + 2 * pairs + G * D + A * F),
+      again = 2 * (D + G) * F + G * D if dispatch.choose('adapted_swiglu', None) == 'gpu' else 0    # hidden values
+      return Cost(2.0 * picks * (weights + 2 * pairs + G * D + A * F + again),
                   bytes=2 * rows + tiles * (weights * stored + pairs * (width + 2 * FLOAT)))
     return rule
 

@@ -47,9 +47,8 @@ def ring(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD):
 
 def swiglu(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD, devices: int = 1):
   """devices: how many share the picks."""
-  if isinstance(down_EFD, Adapted):
-    return adapted_swiglu(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD)
-  return routed_swiglu(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD, devices=devices)
+  run = adapted_swiglu if isinstance(down_EFD, Adapted) else routed_swiglu
+  return run(x_ND, expert_NK, weight_NK, gate_up_EDF2, down_EFD, devices=devices)
 
 
 def count(down_EFD) -> int:

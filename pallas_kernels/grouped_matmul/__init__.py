@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.equation import equation
-from pallas_kernels.grouped_matmul import adapted, gpu, reference, routed, tpu, xla
+from pallas_kernels.grouped_matmul import adapted, adapted_parts, gpu, reference, routed, tpu, xla
 
 
 def grouped_matmul(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array,
@@ -60,13 +60,14 @@ def implementation_of(picks: int, implementation: Implementation | None = None) 
 
 
 def adapted_swiglu(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, gate_up: tuple[jax.Array, ...],
-                   down: tuple[jax.Array, ...], implementation: Implementation | None = None) -> jax.Array:
+                   down: tuple[jax.Array, ...], implementation: Implementation | None = None,
+                   devices: int = 1) -> jax.Array:
   """`routed_swiglu` with W + A B in place of both matrices; that sum is never formed (LoRA, arXiv 2106.09685 eq. 3).
 
   gate_up: (W [E, D, 2 F], A [E, D, A], B [E, A, 2 F]); down: (W [E, F, D], A [E, F, A], B [E, A, D]); a matrix without
   an adapter has one of rank 0. A fourth, unless it is None, is a scale, [E, 2 F] or [E, D], float32: then W is int8 and
-  W times its scale is meant. Differentiable in x, weight, A and B; W passes no gradient, and none is computed. Raises
-  ValueError when the shapes do not fit.
+  W times its scale is meant. Differentiable in x, weight, A and B; W passes no gradient, and none is computed. devices:
+  as in `routed_swiglu`. Raises ValueError when the shapes do not fit.
   """
   gate_up, down = ((*each, None)[:4] for each in (gate_up, down))
   for name, (w, a, b, scale) in (('gate_up', gate_up), ('down', down)):
@@ -83,13 +84,15 @@ def adapted_swiglu(x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, 
     raise ValueError(f'adapted_swiglu: x {x_ND.shape}, experts {expert_NK.shape}, weights {weight_NK.shape}, gate_up '
                      f'{gate_up[0].shape} and down {down[0].shape} do not fit')
   gate_up, down = ((jax.lax.stop_gradient(w), a, b, jax.lax.stop_gradient(s)) for w, a, b, s in (gate_up, down))
-  if dispatch.choose('adapted_swiglu', implementation) == 'reference':
+  name = dispatch.choose('adapted_swiglu', implementation)
+  if name == 'reference':
     return reference.adapted_swiglu(x_ND, expert_NK, weight_NK, gate_up, down)
-  return _adapted(x_ND, expert_NK, weight_NK, gate_up, down)
+  return _adapted(name, devices, x_ND, expert_NK, weight_NK, gate_up, down)
 
 
 MATMUL = {'xla': xla, 'tpu': tpu.KERNELS, 'gpu': gpu.KERNELS}
 ROUTED = {'xla': routed, 'tpu': tpu.KERNELS, 'gpu': gpu.KERNELS}
+ADAPTED = {'xla': adapted, 'gpu': adapted_parts.Adapted(gpu.KERNELS)}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -138,24 +141,26 @@ def _named(direction, fn, x_ND, weight_NK, down_EFD, op='routed_swiglu', **ranks
   return equation(f'{op}_{direction}', fn, N=N, D=D, E=E, F=F, K=weight_NK.shape[1], width=x_ND.dtype.itemsize, **ranks)
 
 
-@jax.custom_vjp
-def _adapted(x_ND, expert_NK, weight_NK, gate_up, down):
-  return _adapted_fwd(x_ND, expert_NK, weight_NK, gate_up, down)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _adapted(name, devices, x_ND, expert_NK, weight_NK, gate_up, down):
+  return _adapted_fwd(name, devices, x_ND, expert_NK, weight_NK, gate_up, down)[0]
 
 
-def _adapted_fwd(x_ND, expert_NK, weight_NK, gate_up, down):
-  forward = _adapted_named('forward', adapted.swiglu_fwd, x_ND, weight_NK, gate_up, down)
-  y_ND, saved = forward(x_ND, expert_NK, weight_NK, gate_up, down)
-  return y_ND, (x_ND, weight_NK, gate_up, down, saved)
+def _adapted_fwd(name, devices, x_ND, expert_NK, weight_NK, gate_up, down):
+  arrays = x_ND, ADAPTED[name].sort(expert_NK, len(down[0])), weight_NK, gate_up, down
+  forward = _adapted_named('forward', functools.partial(ADAPTED[name].swiglu_fwd, devices), arrays)
+  y_ND, more = forward(*arrays)
+  return y_ND, (*arrays, more)
 
 
-def _adapted_bwd(saved, dy_ND):
-  backward = _adapted_named('backward', adapted.swiglu_bwd, *saved[:4])
+def _adapted_bwd(name, devices, saved, dy_ND):
+  backward = _adapted_named('backward', functools.partial(ADAPTED[name].swiglu_bwd, devices), saved)
   dx_ND, dweight_NK, dgate_up_a, dgate_up_b, ddown_a, ddown_b = backward(*saved, dy_ND)
   return dx_ND, None, dweight_NK, (None, dgate_up_a, dgate_up_b, None), (None, ddown_a, ddown_b, None)
 
 
-def _adapted_named(direction, fn, x_ND, weight_NK, gate_up, down):
+def _adapted_named(direction, fn, arrays):
+  x_ND, _, weight_NK, gate_up, down = arrays[:5]
   return _named(direction, fn, x_ND, weight_NK, down[0], 'adapted_swiglu', G=gate_up[1].shape[2], A=down[1].shape[2],
                 stored=down[0].dtype.itemsize)
 

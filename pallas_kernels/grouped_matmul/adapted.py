@@ -13,7 +13,8 @@ N rows, K picks of a row, M = N K picks, D features, F hidden features, E expert
 """
 import jax.numpy as jnp
 
-from pallas_kernels.grouped_matmul.routed import activate, activated, combine, sort
+from pallas_kernels.grouped_matmul.routed import Sorted, activate, activated, combine
+from pallas_kernels.grouped_matmul.routed import sort as sort
 from pallas_kernels.grouped_matmul.xla import dot, for_tiles, read, write
 
 
@@ -34,10 +35,9 @@ def back(dy_RO, e, w_EIO, a_EIA, b_EAO, scale_EO):
   return dot('RO,IO->RI', by_w_RO, w_EIO[e].astype(dy_RO.dtype)) + dot('RA,IA->RI', low_RA, a_EIA[e]), low_RA
 
 
-def swiglu_fwd(x_ND, expert_NK, weight_NK, gate_up, down):
-  """(y_ND, what the backward pass reads: the order of the picks and their pre-activations h_MF2)."""
-  M, K = expert_NK.size, expert_NK.shape[1]
-  order = sort(expert_NK, len(down[0]))
+def swiglu_fwd(devices, x_ND, order: Sorted, weight_NK, gate_up, down):
+  """(y_ND, what the backward pass reads: the pre-activations h_MF2). devices: as in `routed.swiglu`."""
+  M, K = weight_NK.size, weight_NK.shape[1]
 
   def body(carry, tile):
     y_MD, h_MF2 = carry
@@ -47,12 +47,11 @@ def swiglu_fwd(x_ND, expert_NK, weight_NK, gate_up, down):
 
   zeros = lambda width: jnp.zeros((M, width), x_ND.dtype)
   y_MD, h_MF2 = for_tiles(M, order.sizes_E, body, (zeros(x_ND.shape[1]), zeros(gate_up[0].shape[2])))
-  return combine(y_MD, order, weight_NK), (order, h_MF2)
+  return combine(y_MD, order, weight_NK), h_MF2
 
 
-def swiglu_bwd(x_ND, weight_NK, gate_up, down, saved, dy_ND):
+def swiglu_bwd(devices, x_ND, order: Sorted, weight_NK, gate_up, down, h_MF2, dy_ND):
   """Gradients of x, weight, gate_up's pair and down's pair; those of the pairs are added up in float32."""
-  order, h_MF2 = saved
   (M, K), dtype = (weight_NK.size, weight_NK.shape[1]), x_ND.dtype
   weight_M = weight_NK.reshape(-1).astype(jnp.float32)
   add = lambda total, e, equation, x, y: total.at[e].add(dot(equation, x, y))

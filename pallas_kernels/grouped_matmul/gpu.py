@@ -39,7 +39,7 @@ def feature_tile(n: int) -> int:
 
 def load(ref, place: tuple, mask: jax.Array) -> jax.Array:
   """ref[place] where mask is True, else 0; elsewhere a place need not exist."""
-  return triton.load(ref.at[*place], mask=mask, other=0.0)
+  return triton.load(ref.at[*place], mask=mask, other=0)
 
 
 def below(place: jax.Array, limit: int, step: int) -> jax.Array:
@@ -77,7 +77,7 @@ def _times(expert_ref, first_ref, count_ref, x_ref, w_ref, y_out, *, tile, trans
         w_SF = load(w_ref, (expert, column_1F.T, d_S[None]), real_1F.T & real_S[None]).T
       else:
         w_SF = load(w_ref, (expert, d_S[:, None], column_1F), real_S[:, None] & real_1F)
-      return y_RF + dot(x_RS, w_SF)
+      return y_RF + dot(x_RS, w_SF.astype(x_RS.dtype))
 
     y_RF = jax.lax.fori_loop(0, pl.cdiv(D, step), one, jnp.zeros((ROWS, tile), jnp.float32))
     gpu_call.store(y_out, (place_R1, column_1F), y_RF.astype(y_out.dtype), mine_R1 & real_1F)

@@ -55,7 +55,7 @@ def test_short_rows_on_a_gpu_are_not_for_its_kernels(monkeypatch):
   assert planning.chosen('dense_attention', T=4096, S=4096) == 'gpu'
   assert planning.chosen('routed_swiglu', N=1, K=8) == 'xla'
   assert planning.chosen('routed_swiglu', N=64, K=8) == 'gpu'
-  assert planning.chosen('adapted_swiglu', N=64, K=8) == 'xla'
+  assert planning.chosen('adapted_swiglu', N=64, K=8) == 'gpu'
 
 
 def test_a_policy_step_needs_the_most_responses_of_a_row():

@@ -10,6 +10,7 @@ from pallas_kernels.grouped_matmul import adapted_swiglu
 from tests.pallas_kernels.test_grouped_matmul import D, E, F, routed_inputs, routed_loop
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.usefixtures('small_grouped_tiles')
 RANKS = 3, 2
 
 
@@ -19,13 +20,13 @@ def pairs(ranks=RANKS, seed=5):
   return [rng.normal(size=shape) * 0.5 for shape in ((E, D, G), (E, G, 2 * F), (E, F, A), (E, A, D))]
 
 
-@functools.partial(jax.jit, static_argnames='implementation')
-def value_and_gradients(x, expert, weight, gate_up, down, dy, implementation):
-  y, vjp = jax.vjp(lambda x, *a: adapted_swiglu(x, expert, *a, implementation), x, weight, gate_up, down)
+@functools.partial(jax.jit, static_argnames=('implementation', 'devices'))
+def value_and_gradients(x, expert, weight, gate_up, down, dy, implementation, devices):
+  y, vjp = jax.vjp(lambda x, *a: adapted_swiglu(x, expert, *a, implementation, devices), x, weight, gate_up, down)
   return y, vjp(dy)
 
 
-def check(implementation, expert, ranks=RANKS):
+def check(implementation, expert, ranks=RANKS, devices=1):
   x, weight, gate_up, down, dy = routed_inputs(len(expert))
   a1, b1, a2, b2 = pairs(ranks)
   y, dx, dweight, dsum1, dsum2 = routed_loop(x, np.asarray(expert), weight, gate_up + a1 @ b1, down + a2 @ b2, dy)
@@ -34,24 +35,25 @@ def check(implementation, expert, ranks=RANKS):
   f32 = lambda *arrays: tuple(map(jnp.float32, arrays))
   got_y, (dx, dweight, (dw1, da1, db1), (dw2, da2, db2)) = value_and_gradients(
       *f32(x), jnp.asarray(expert, jnp.int32), *f32(weight), f32(gate_up, a1, b1), f32(down, a2, b2), *f32(dy),
-      implementation)
+      implementation, devices)
   for (name, b), a in zip(want.items(), (got_y, dx, dweight, da1, db1, da2, db2)):
     assert_close(a, b, what=name)
   assert not dw1.any() and not dw2.any()
 
 
-@pytest.mark.parametrize('implementation', ['reference', 'xla'])
+@pytest.mark.parametrize('implementation', ['reference', 'xla', 'gpu'])
 def test_values_and_gradients(implementation):
   rng = np.random.default_rng(1)
   check(implementation, rng.permuted(np.tile(np.arange(-1, E + 1), (41, 1)), axis=1)[:, :2])
-  check(implementation, [[3, 3]] * 41)
+  check(implementation, [[3, 3]] * 41, devices=3)
 
 
-def test_one_matrix_may_have_no_pair():
-  check('xla', np.random.default_rng(2).integers(0, E, (41, 2)), (3, 0))
+@pytest.mark.parametrize('implementation', ['xla', 'gpu'])
+def test_one_matrix_may_have_no_pair(implementation):
+  check(implementation, np.random.default_rng(2).integers(0, E, (41, 2)), (3, 0))
 
 
-@pytest.mark.parametrize('implementation', ['reference', 'xla'])
+@pytest.mark.parametrize('implementation', ['reference', 'xla', 'gpu'])
 def test_matrices_in_8_bits_are_those_times_their_scale(implementation):
   """Values and gradients, one matrix in 8 bits with a pair and one without, against those of the float matrices."""
   rng = np.random.default_rng(3)

@@ -8,22 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import gpu_call, tpu_call
-from pallas_kernels.grouped_matmul import gpu, grouped_matmul, parts, routed, routed_swiglu, tpu, xla
+from pallas_kernels.grouped_matmul import grouped_matmul, routed, routed_swiglu, tpu, xla
 from tests.tolerances import assert_close
 
 E, D, F = 4, 12, 8
 IMPLEMENTATIONS = ['reference', 'xla', 'tpu', 'gpu']
+pytestmark = pytest.mark.usefixtures('small_grouped_tiles')
 LOADS = [(20, 0, 7, 14), (0, 0, 0, 41), (41, 0, 0, 0), (10, 10, 10, 3), (0, 0, 0, 0)]     # rows of each expert, of 41
-
-
-@pytest.fixture(autouse=True)
-def interpreted_in_small_tiles(monkeypatch):
-  """Read while tracing."""
-  for module, name, value in ((tpu_call, 'INTERPRET', True), (tpu, 'ROWS', (16, 8)), (tpu, 'COUNTED', 16),
-                              (gpu_call, 'INTERPRET', True), (gpu, 'ROWS', 8), (gpu, 'FEATURES', 16),
-                              (gpu, 'STEP', {2: 8, 4: 8}), (parts, 'COMBINED', 16)):
-    monkeypatch.setattr(module, name, value)
 
 
 @functools.partial(jax.jit, static_argnames='implementation')
