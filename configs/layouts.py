@@ -72,7 +72,8 @@ def layout(stage: Stage, where: str) -> RunConfig:
                                              warmup_steps=100),
                    data=DataConfig(tokens=stage.tokens, samples=stage.responses, workers=16, **pictures),
                    train=TrainConfig(steps=60000, batch=rows, accumulate=rows // (mesh.data * mesh.expert),
-                                     balance_rows=True, freeze=stage.freeze, balance_weight=stage.balance))
+                                     objective='gspo' if stage.responses else 'sft', balance_rows=True,
+                                     freeze=stage.freeze, balance_weight=stage.balance))
 
 
 def get_config(variant: str = ''):

@@ -158,6 +158,7 @@ class TrainConfig:
   accumulate: int = 1             # micro-batches per step
   balance_rows: bool = False      # micro-batches of rows of like cost: devices wait less, see steps/even_rows.py
   seed: int = 0
+  objective: Literal['sft', 'gspo'] = 'sft'     # gspo: from a policy's own responses; only planned so far
   freeze: tuple[str, ...] = ()    # parameter path prefixes, e.g. ('vision',); beside adapters all is frozen already
   balance_weight: float = 0.001   # router load balance
   indexer_weight: float = 1.0     # only scales the indexer's own step

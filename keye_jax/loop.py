@@ -37,10 +37,14 @@ def train(config: RunConfig, out: str | os.PathLike, wandb: str = '', profile: b
   wandb: project to log to as well. profile: write a trace of a few steps, see `watch.Trace`.
 
   A first SIGTERM or SIGINT ends the step under way, saves and returns; a second one ends the process at once.
-  Raises InputError: another process trains in `out`; `out` was started with another config or dataset; a checkpoint
-  could not be saved; `max_bad_steps` steps in a row were skipped; the data gave no batch for too long.
+  Raises InputError: the objective learns from responses, which nothing makes yet; another process trains in `out`;
+  `out` was started with another config or dataset; a checkpoint could not be saved; `max_bad_steps` steps in a row were
+  skipped; the data gave no batch for too long.
   """
   t, vision, layout = config.train, config.model.vision, config.model.layout
+  if t.objective != 'sft':
+    raise InputError(f"train.objective = {t.objective!r} learns from a policy's responses and their rewards, which "
+                     'nothing makes yet; `keye plan --what rl` plans its step')
   out = pathlib.Path(out)
   with contextlib.ExitStack() as stack:
     closing = lambda thing: stack.enter_context(contextlib.closing(thing))

@@ -75,6 +75,12 @@ def test_another_config_is_refused_by_key(finished, data, change, message):
     loop.train(tiny_run.config(data, steps=14, **change), finished[0])
 
 
+def test_learning_from_responses_is_refused_not_done_as_something_else(data, tmp_path):
+  with pytest.raises(InputError, match="train.objective = 'gspo' learns from a policy's responses"):
+    loop.train(tiny_run.config(data, objective='gspo'), tmp_path)
+  assert not any(tmp_path.iterdir())
+
+
 def test_another_dataset_is_refused(finished, tmp_path):
   other = tiny_run.dataset(tmp_path, seed=1)
   with pytest.raises(InputError, match='the rows or media of the dataset changed since the checkpoint of step 12'):

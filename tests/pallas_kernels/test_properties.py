@@ -58,11 +58,12 @@ def test_every_implementation_chooses_the_same_set(others, case, topk):
       assert_close(np.asarray(got)[:, alive] + 1, np.asarray(want)[:, alive] + 1)      # + 1: all may be 0
 
 
+@pytest.mark.parametrize('others', [('xla', 'tiles'), pytest.param(('tpu', 'gpu'), marks=pytest.mark.slow)])
 @FEW
 @hypothesis.given(case=rows())
-def test_dense_attention_agrees(case):
+def test_dense_attention_agrees(others, case):
   device = case.cast('float32')
-  results = {kind: jax.tree.leaves(kinds.dense(kind)(*device.dense)) for kind in kinds.KINDS}
+  results = {kind: jax.tree.leaves(kinds.dense(kind)(*device.dense)) for kind in ('reference', *others)}
   for got in results.values():
     for x, want in zip(got, results['reference']):
       assert_close(np.asarray(x), want)
