@@ -9,8 +9,8 @@ Implementation = Literal['reference', 'xla', 'tpu', 'gpu']
 KERNELS: dict[str, tuple[str, ...]] = {
   'tpu': ('index_select', 'dsa_attention', 'dsa_decode', 'dense_attention', 'indexer_warmup', 'grouped_matmul',
           'routed_swiglu'),
-  'gpu': ('index_select', 'dsa_attention', 'dsa_decode', 'dense_attention', 'grouped_matmul', 'routed_swiglu',
-          'adapted_swiglu'),
+  'gpu': ('index_select', 'dsa_attention', 'dsa_decode', 'dense_attention', 'indexer_warmup', 'grouped_matmul',
+          'routed_swiglu', 'adapted_swiglu'),
 }
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from keye_jax.config import ModelConfig
 from keye_jax.jaxpr_costs import Cost, Rule
-from pallas_kernels import dense_attention, dispatch, grouped_matmul
+from pallas_kernels import dense_attention, dispatch, grouped_matmul, indexer_warmup
 from pallas_kernels.dsa_attention import implementation_of
 from pallas_kernels.index_select import gpu, tpu
 
@@ -85,13 +85,18 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
       return form(products, index_products)(G=G, N=N, T=T, S=S, **dims)
     return rule
 
-  def warmup(index_products: int):
+  def warmup(backward: bool):
+    """Dense attention's logits, and products of the indexer: one forward; backward three, on a GPU five and the
+    gradients of all scores, written once and read twice."""
     def rule(B, G, N, K, S, I, T, J, width) -> Cost:
-      name = dense_attention.implementation_of('indexer_warmup', T, S)
-      keys, tiles = seen(T, S), math.ceil(T / block(name, T, G * N // T, K))
-      read = B * tiles * keys * (G * K * width + J * (width + 2 * FLOAT * (index_products > 1)))
-      ends = B * width * (G * N * K + S * G * K + index_products * I * T * J)
-      return Cost(2.0 * B * keys * (G * N * K + I * T * J * index_products), bytes=read + ends)
+      name, keys = dense_attention.implementation_of('indexer_warmup', T, S), seen(T, S)
+      on_gpu = name == 'gpu'
+      queries = indexer_warmup.gpu.TILE if on_gpu else block(name, T, G * N // T, K)
+      products = 1 if not backward else 5 if on_gpu else 3
+      read = B * math.ceil(T / queries) * keys * (G * K * width + J * (width + 2 * FLOAT * (backward and not on_gpu)))
+      scores = 3 * FLOAT * B * T * keys * (backward and on_gpu)
+      ends = B * width * (G * N * K + S * G * K + products * I * T * J)
+      return Cost(2.0 * B * keys * (G * N * K + I * T * J * products), bytes=read + scores + ends)
     return rule
 
   def computed(N, E, K) -> float:
@@ -143,7 +148,7 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
       'dense_attention_forward_full': attention(False, True), 'dense_attention_backward_full': attention(True, True),
       'dsa_attention_forward': sparse(2, 0), 'dsa_attention_backward': sparse(5, 0),
       'dsa_attention_forward_kl': sparse(3, 1), 'dsa_attention_backward_kl': sparse(5, 3),
-      'indexer_warmup_forward': warmup(1), 'indexer_warmup_backward': warmup(3),
+      'indexer_warmup_forward': warmup(False), 'indexer_warmup_backward': warmup(True),
       'routed_swiglu_forward': routed(True), 'routed_swiglu_backward': routed(False),
       'adapted_swiglu_forward': adapted(True), 'adapted_swiglu_backward': adapted(False)}
 

@@ -65,21 +65,21 @@ def cut(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S):
   fill = lambda x, size, value=0: tiles.pad(x, 0, size, value)
   places = Places(fill(q_segment_T, QUERIES, tiles.QUERY_PAD), fill(k_segment_S, KEYS, tiles.KEY_PAD),
                   fill(q_order_T, QUERIES), fill(k_order_S, KEYS))
-  return heads(q_GNK, len(q_order_T)), *(features(tiles.pad(x, 1, KEYS)) for x in (k_GSK, v_GSK)), places
+  return heads(q_GNK, len(q_order_T), QUERIES), *(features(tiles.pad(x, 1, KEYS)) for x in (k_GSK, v_GSK)), places
 
 
 def features(x: jax.Array) -> jax.Array:
   return tiles.pad(x, x.ndim - 1, max(gpu_call.ceil_pow2(x.shape[-1]), gpu_call.SMALLEST))
 
 
-def heads(x_GNK: jax.Array, T: int) -> jax.Array:
-  """Stacked [G, R * T, K] -> [H, T, K] of whole blocks."""
-  return features(tiles.pad(x_GNK.reshape(-1, T, x_GNK.shape[2]), 1, QUERIES))
+def heads(x_GNK: jax.Array, T: int, size: int) -> jax.Array:
+  """Stacked [G, R * T, K] -> [H, T, K] of whole blocks of `size`."""
+  return features(tiles.pad(x_GNK.reshape(-1, T, x_GNK.shape[2]), 1, size))
 
 
-def numbers(x_GN: jax.Array, T: int) -> jax.Array:
+def numbers(x_GN: jax.Array, T: int, size: int) -> jax.Array:
   """Stacked [G, R * T] -> [H, T] of whole blocks."""
-  return tiles.pad(x_GN.reshape(-1, T), 1, QUERIES)
+  return tiles.pad(x_GN.reshape(-1, T), 1, size)
 
 
 def like(x: jax.Array) -> jax.ShapeDtypeStruct:
@@ -147,7 +147,8 @@ def backward_row(options: Options, q_GNK, *rest):
   (G, N, K), T, S = q_GNK.shape, len(row[-2]), len(row[-1])
   q_HTK, k_GSK, v_GSK, places = cut(q_GNK, *row)
   (H, size, _), step = q_HTK.shape, STEP[q_HTK.dtype.itemsize]
-  arrays = [q_HTK, k_GSK, v_GSK, heads(do_GNK, T), numbers(lse_GN, T), numbers(delta_GN, T), *places]
+  lse_HT, delta_HT = (numbers(x, T, QUERIES) for x in (lse_GN, delta_GN))
+  arrays = [q_HTK, k_GSK, v_GSK, heads(do_GNK, T, QUERIES), lse_HT, delta_HT, *places]
   visit = lists(*places.met(QUERIES, step, options.causal))
   dq_HTK, = call(functools.partial(_of_queries, options=options, R=H // G), (H, size // QUERIES), [*arrays, *visit],
                  [like(q_HTK)])

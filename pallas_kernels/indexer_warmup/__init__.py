@@ -6,9 +6,10 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.dense_attention import implementation_of
-from pallas_kernels.indexer_warmup import reference, tpu, xla
+from pallas_kernels.indexer_warmup import gpu, reference, tpu, xla
 
-IMPLEMENTATIONS = {'reference': reference.indexer_warmup, 'xla': xla.indexer_warmup, 'tpu': tpu.indexer_warmup}
+IMPLEMENTATIONS = {'reference': reference.indexer_warmup, 'xla': xla.indexer_warmup, 'tpu': tpu.indexer_warmup,
+                   'gpu': gpu.indexer_warmup}
 
 
 def indexer_warmup(q_BTHK: jax.Array, k_BSGK: jax.Array, lse_BTH: jax.Array, iq_BTIJ: jax.Array, ik_BSJ: jax.Array,

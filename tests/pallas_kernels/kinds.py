@@ -24,6 +24,7 @@ from pallas_kernels.dsa_decode import tpu as decode_tpu
 from pallas_kernels.index_select import gpu as index_gpu
 from pallas_kernels.index_select import tpu as index_tpu
 from pallas_kernels.index_select import xla as index_xla
+from pallas_kernels.indexer_warmup import gpu as warmup_gpu
 from pallas_kernels.indexer_warmup import indexer_warmup
 
 KINDS = ('reference', 'xla', 'tiles')
@@ -33,6 +34,7 @@ SMALL = ((tiles, 'KEYS', 8), (dense_xla, 'SMALL', 4), (dense_xla, 'FEW', 0), (de
          (index_tpu, 'GROUPS', (8,)), (index_tpu, 'MANY', 2), (index_tpu, 'WIDE', 16), (tpu_call, 'INTERPRET', True),
          (dense_tpu, 'ROWS', 32), (dense_tpu, 'KEYS', (16, 16)),
          (dense_gpu, 'QUERIES', 16), (dense_gpu, 'KEYS', 16), (dense_gpu, 'STEP', {2: 8, 4: 8}),
+         (warmup_gpu, 'TILE', 8), (warmup_gpu, 'SCRATCH', 2048),
          (decode_tpu, 'SCORED', 8), (decode_tpu, 'ATTENDED', 8),
          (index_gpu, 'GROUP', 4), (index_gpu, 'MOST', 16), (index_gpu, 'TILE', 8), (index_gpu, 'ROWS', 8),
          (index_gpu, 'STRIDE', 2), (index_gpu, 'CANDIDATES', 16), (index_gpu, 'BLOCK', 16), (dsa_gpu, 'GATHER', 8),

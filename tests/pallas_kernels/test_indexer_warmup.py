@@ -19,7 +19,7 @@ def lse_of(case):
   return kinds.dense('reference')(*case.dense)[1][1]
 
 
-@pytest.mark.parametrize('kind', [*kinds.KINDS, 'tpu'])
+@pytest.mark.parametrize('kind', [*kinds.KINDS, 'tpu', 'gpu'])
 class TestEveryImplementation:
 
   @pytest.mark.parametrize('layout, shuffle', [('branches', False), ('packed', True)])
