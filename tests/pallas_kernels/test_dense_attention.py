@@ -59,6 +59,12 @@ class TestEveryImplementation:
     assert (np.asarray(grads[0])[:, 5] == 0).all()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((grads, o, lse)))
 
+  def test_sizes_that_are_no_powers_of_two(self, kind):
+    case = cases.make(9, B=1, T=21, H=9, G=3, K=12, I=3, J=12, layout='packed').cast('float32')
+    for got, want in zip(jax.tree.leaves(kinds.dense(kind)(*case.dense)),
+                         jax.tree.leaves(kinds.dense('reference')(*case.dense))):
+      assert_close(got, want)
+
   def test_the_scale_is_used(self, kind):
     case = cases.make(2, **SIZE).cast('float32')
     twice = case._replace(q=2 * case.q)

@@ -45,6 +45,13 @@ class TestEveryImplementation:
     for got, want in zip(jax.tree.leaves(kinds.warmup(kind)(case, lse)), expected):
       assert_close(got, want, dtype)
 
+  def test_sizes_that_are_no_powers_of_two(self, kind):
+    case = cases.make(9, B=1, T=21, H=9, G=3, K=12, I=3, J=12, layout='packed').cast('float32')
+    lse = lse_of(case)
+    for got, want in zip(jax.tree.leaves(kinds.warmup(kind)(case, lse)),
+                         jax.tree.leaves(kinds.warmup('reference')(case, lse))):
+      assert_close(got, want)
+
   def test_only_the_indexer_learns(self, kind):
     case = cases.make(3, **SIZE).cast('float32')
     grads, _ = kinds.warmup(kind)(case, lse_of(case))
