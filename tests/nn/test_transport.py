@@ -13,6 +13,8 @@ from keye_jax import sharding
 from keye_jax.config import ModelConfig, TextConfig
 from keye_jax.nn import experts, transport
 from keye_jax.nn.router import Routing
+from pallas_kernels import dispatch
+from tests.pallas_kernels import kinds
 from tests.steps.test_mesh import mesh
 from tests.tolerances import assert_close
 
@@ -72,6 +74,21 @@ def assert_same(actual, expected):
 
 
 TRANSPORTS = ('ring', 'padded', 'ragged')
+
+
+@pytest.mark.parametrize('platform', ['tpu', 'gpu'])
+@pytest.mark.parametrize('name', ['ring', 'padded'])
+def test_with_the_kernels_of_a_platform(monkeypatch, name, platform):
+  """By `ring` a device takes the part of the picks that it owns, or parts: here one owns nearly all."""
+  expert_BTK = random_picks(0)
+  expert_BTK[:, 2:] = [0, 1]
+  case = inputs(0, expert_BTK)
+  expected = on_one(*case)
+  kinds.grouped_in_small_tiles(monkeypatch)
+  monkeypatch.setattr(dispatch, 'platform', lambda: platform)
+  run.clear_cache()
+  assert_same(on_four(name, ENOUGH, *case), expected)
+  run.clear_cache()
 
 
 @pytest.mark.parametrize('name', TRANSPORTS)

@@ -21,6 +21,9 @@ from pallas_kernels.dense_attention import xla as dense_xla
 from pallas_kernels.dsa_attention import chunks, dsa_attention, gpu_backward, gpu_indexer, gpu_lists, union
 from pallas_kernels.dsa_attention import gpu as dsa_gpu
 from pallas_kernels.dsa_decode import tpu as decode_tpu
+from pallas_kernels.grouped_matmul import gpu as grouped_gpu
+from pallas_kernels.grouped_matmul import parts
+from pallas_kernels.grouped_matmul import tpu as grouped_tpu
 from pallas_kernels.index_select import gpu as index_gpu
 from pallas_kernels.index_select import tpu as index_tpu
 from pallas_kernels.index_select import xla as index_xla
@@ -76,6 +79,15 @@ def gradient(kind: str, loss, arguments):
     with small(kind):
       return jax.grad(loss, arguments, has_aux=True)(*args)
   return traced
+
+
+def grouped_in_small_tiles(monkeypatch):
+  """Kernels of grouped products are interpreted, with small tiles; both are read while tracing."""
+  for module, name, value in ((tpu_call, 'INTERPRET', True), (grouped_tpu, 'ROWS', (16, 8)),
+                              (grouped_tpu, 'COUNTED', 16), (gpu_call, 'INTERPRET', True), (grouped_gpu, 'ROWS', 8),
+                              (grouped_gpu, 'FEATURES', 16), (grouped_gpu, 'STEP', {2: 8, 4: 8}),
+                              (parts, 'COMBINED', 16)):
+    monkeypatch.setattr(module, name, value)
 
 
 def without_races(monkeypatch, fn, *arguments):
