@@ -77,7 +77,7 @@ TRANSPORTS = ('ring', 'padded', 'ragged')
 
 
 @pytest.mark.parametrize('platform', ['tpu', 'gpu'])
-@pytest.mark.parametrize('name', ['ring', 'padded'])
+@pytest.mark.parametrize('name', ['ring', pytest.param('padded', marks=pytest.mark.slow)])
 def test_with_the_kernels_of_a_platform(monkeypatch, name, platform):
   """By `ring` a device takes the part of the picks that it owns, or parts: here one owns nearly all."""
   expert_BTK = random_picks(0)
