@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import gpu_call, tiles
-from pallas_kernels.dense_attention.gradient import Options, Passes, Row, attend
+from pallas_kernels.dense_attention.gradient import Options, attend, by_row
 from pallas_kernels.gpu_call import LOG2E, dot, float32
 from pallas_kernels.mask import NEG_INF, visible
 
@@ -24,18 +24,6 @@ STEP = {2: 64, 4: 32}        # by bytes of a number
 WARPS = 8
 STAGES = {2: 3, 4: 2}
 LEAST = NEG_INF / 2          # running maximum of a query that has seen nothing: a masked logit then weighs 0
-
-
-def dense_attention(*arrays, **options):
-  return attend(Passes(forward, backward), *arrays, **options)
-
-
-def forward(options: Options, rows: Row):
-  return tiles.over_rows(functools.partial(forward_row, options), rows, loop=True)
-
-
-def backward(options: Options, rows: Row, *of_queries):
-  return tiles.over_rows(functools.partial(backward_row, options), (*rows, *of_queries), loop=True)
 
 
 class Places(NamedTuple):
@@ -208,3 +196,6 @@ def _of_keys(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, q_segment_ref, k_s
   dk_SK, dv_SK = jax.lax.fori_loop(0, R, head, (zeros_SK, zeros_SK))
   dk_out[g, keys] = (dk_SK * options.scale).astype(dk_out.dtype)
   dv_out[g, keys] = dv_SK.astype(dv_out.dtype)
+
+
+dense_attention = functools.partial(attend, by_row(forward_row, backward_row))

@@ -39,6 +39,13 @@ class Passes(NamedTuple):
   backward: Callable
 
 
+def by_row(forward: Callable, backward: Callable) -> Passes:
+  """Passes of functions of one row: forward(options, *row), backward(options, *row, lse_GN, delta_GN, do_GNK)."""
+  def over(fn):
+    return lambda options, rows, *more: tiles.over_rows(functools.partial(fn, options), (*rows, *more), loop=True)
+  return Passes(over(forward), over(backward))
+
+
 def attend(passes: Passes, *arrays, causal, scale):
   return _attention(passes, Options(causal, scale), *arrays)
 

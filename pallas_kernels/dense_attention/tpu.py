@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tiles, tpu_call
-from pallas_kernels.dense_attention.gradient import Options, Passes, Row, attend
+from pallas_kernels.dense_attention.gradient import Options, attend, by_row
 from pallas_kernels.dense_attention.xla import cut_queries, join_queries
 from pallas_kernels.mask import NEG_INF, visible
 from pallas_kernels.tpu_call import LANES, float32, tiled, whole
@@ -159,18 +159,6 @@ def head_sum(p_NS, T: int) -> jax.Array:
   return p_NS.reshape(-1, T, p_NS.shape[1]).sum(0)
 
 
-def dense_attention(*arrays, **options):
-  return attend(Passes(forward, backward), *arrays, **options)
-
-
-def forward(options: Options, rows: Row):
-  return tiles.over_rows(functools.partial(forward_row, options), rows, loop=True)
-
-
-def backward(options: Options, rows: Row, *of_queries):
-  return tiles.over_rows(functools.partial(backward_row, options), (*rows, *of_queries), loop=True)
-
-
 class Places(NamedTuple):
   """Segments and orders of a row in blocks and tiles, and who meets whom."""
   queries: tuple[jax.Array, jax.Array, jax.Array, jax.Array]     # lead with Q: segment [T, 1], order, tiles, how many
@@ -241,3 +229,6 @@ def backward_row(options: Options, q_GNK, k_GSK, v_GSK, *rest):
   init = jnp.zeros(k_PGSK.shape), jnp.zeros(v_PGSK.shape)
   (dk, dv), dq = jax.lax.scan(one, init, (queries, row.queries))
   return join_queries(dq, T, size), tiles.join(dk, 1)[:, :S], tiles.join(dv, 1)[:, :S]
+
+
+dense_attention = functools.partial(attend, by_row(forward_row, backward_row))

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import gpu_call, tiles
 from pallas_kernels.dense_attention.gpu import Places, features, heads, lists, numbers
 from pallas_kernels.gpu_call import LOG2E, dot, float32
-from pallas_kernels.indexer_warmup.gradient import Passes, Row, warm
+from pallas_kernels.indexer_warmup.gradient import Row, by_row, warm
 from pallas_kernels.indexer_warmup.xla import kl_end
 from pallas_kernels.mask import NEG_INF, visible
 
@@ -25,18 +25,6 @@ TILE = 64               # queries and keys
 SCRATCH = 2**28         # bytes of the gradients of a chunk's scores
 WARPS = 4
 STAGES = {2: 3, 4: 1}   # by bytes of a number
-
-
-def indexer_warmup(*arrays, scale) -> jax.Array:
-  return warm(Passes(forward, backward), *arrays, scale=scale)
-
-
-def forward(scale, rows: Row):
-  return tiles.over_rows(functools.partial(forward_row, scale), (rows,), loop=True)
-
-
-def backward(scale, rows: Row, *of_queries):
-  return tiles.over_rows(functools.partial(backward_row, scale), (rows, *of_queries), loop=True)
 
 
 class Queries(NamedTuple):
@@ -214,3 +202,6 @@ def _of_keys(iq_ref, gate_ref, ik_ref, dscore_ref, tile_ref, count_ref, before_r
     return jax.lax.fori_loop(0, iq_ref.shape[0], head, dik_SJ)
 
   dik_out[keys] = jax.lax.fori_loop(0, count_ref[p], one, before_ref[keys])
+
+
+indexer_warmup = functools.partial(warm, by_row(forward_row, backward_row))

@@ -37,6 +37,13 @@ class Passes(NamedTuple):
   backward: Callable
 
 
+def by_row(forward: Callable, backward: Callable) -> Passes:
+  """Passes of functions of one row: forward(scale, row), backward(scale, row, lse_T, dkl_T)."""
+  def over(fn):
+    return lambda scale, rows, *more: tiles.over_rows(functools.partial(fn, scale), (rows, *more), loop=True)
+  return Passes(over(forward), over(backward))
+
+
 def warm(passes: Passes, q_BTHK, k_BSGK, lse_BTH, iq_BTIJ, ik_BSJ, gate_BTI, *places, scale) -> jax.Array:
   G = k_BSGK.shape[2]
   rows = Row(tiles.stack_heads(q_BTHK, G), k_BSGK.swapaxes(1, 2), tiles.stack_heads(lse_BTH, G),

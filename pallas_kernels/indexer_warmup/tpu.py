@@ -17,7 +17,7 @@ from pallas_kernels import tiles, tpu_call
 from pallas_kernels.dense_attention.tpu import VMEM, Mask, cut, head_sum, places, probabilities, sizes
 from pallas_kernels.dense_attention.xla import cut_queries
 from pallas_kernels.index_select.xla import score, stacked_products
-from pallas_kernels.indexer_warmup.gradient import Passes, Row, warm
+from pallas_kernels.indexer_warmup.gradient import Row, by_row, warm
 from pallas_kernels.indexer_warmup.xla import kl_add, kl_end, kl_start
 from pallas_kernels.mask import NEG_INF
 from pallas_kernels.tpu_call import float32, tiled, whole
@@ -103,18 +103,6 @@ def add_index_gradients(p_TS, mask_TS, queries, ik_ref, out) -> None:
     dik_ref[0] += tiles.dot('TS,TJ->SJ', dz_TS, iq_ref[head])
 
 
-def indexer_warmup(*arrays, scale) -> jax.Array:
-  return warm(Passes(forward, backward), *arrays, scale=scale)
-
-
-def forward(scale, rows: Row):
-  return tiles.over_rows(functools.partial(forward_row, scale), (rows,), loop=True)
-
-
-def backward(scale, rows: Row, *of_queries):
-  return tiles.over_rows(functools.partial(backward_row, scale), (rows, *of_queries), loop=True)
-
-
 def cut_row(row: Row):
   """(queries of a block, who meets whom, queries of all blocks, key tiles)."""
   T = len(row.q_order_T)
@@ -147,3 +135,6 @@ def backward_row(scale, row: Row, index_lse_T, dkl_T):
   dik, (diq_QNJ, dgate) = jax.lax.scan(one, jnp.zeros(keys[1].shape), ((*queries, *columns), met.queries))
   diq = tiles.join(diq_QNJ.reshape(-1, I, size, J), 1)[:, :T]
   return diq, tiles.join(dik, 0)[:S], tiles.join(dgate, 0)[:T]
+
+
+indexer_warmup = functools.partial(warm, by_row(forward_row, backward_row))
