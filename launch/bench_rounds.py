@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 OTHERS = 0.10           # cores that other processes may use, on average
+SETTLE = 0.3            # seconds after the probe, whose threads wait busily for a while, at the first side's cost
 MIN_ROUNDS = 6          # of an interval: the median lies outside of 5 values once in 16 times
 
 
@@ -39,6 +40,7 @@ def alternate(sides: Mapping[str, Callable[[], float]], probe: Callable[[], floa
   for n in range(rounds):
     if probe:
       probes.append(probe())
+      time.sleep(SETTLE)
     for name, side in sides.items():
       seconds[name].append(side())
     progress(n + 1, seconds)

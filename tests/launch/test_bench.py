@@ -23,11 +23,12 @@ def everything(**kwargs):
   return {t.name: rounds(1.0, 1.5, **kwargs) for t in bench.TASKS}
 
 
-def test_sides_take_turns():
+def test_sides_take_turns_when_the_probe_has_settled(monkeypatch):
   order, tick = [], itertools.count()
+  monkeypatch.setattr(bench_rounds.time, 'sleep', lambda seconds: order.append('z' * (seconds > 0.1)))
   side = lambda name: lambda: order.append(name) or float(next(tick))
   found = bench_rounds.alternate({'a': side('a'), 'b': side('b')}, lambda: order.append('p') or 0.5, 3)
-  assert ''.join(order) == 'pabpabpab'
+  assert ''.join(order) == 'pzabpzabpzab'
   assert found.seconds == {'a': [0, 2, 4], 'b': [1, 3, 5]} and found.probe == [0.5] * 3
 
 
