@@ -149,7 +149,7 @@ def test_a_wrong_file_gives_one_line(tmp_path):
          '  d = to_dict(RunConfig())\n  d.train.epochs = 3\n  return d')
   assert fails(old, c).endswith("train: unknown key 'epochs'; known keys: accumulate, balance_rows, balance_weight, "
                                 'batch, eval_every, freeze, heldout, indexer_weight, init, keep, log_every, '
-                                'max_bad_steps, patience, save_every, seed, spike_factor, steps')
+                                'max_bad_steps, objective, patience, save_every, seed, spike_factor, steps')
 
 
 def test_the_configs_describe_what_they_say():

@@ -118,8 +118,8 @@ class TestDispatch:
         assert dispatch.choose('another_op', None) == 'xla'
 
   def test_a_name_that_does_not_exist(self):
-    with pytest.raises(ValueError, match="dense_attention: there is no implementation 'gpu'; use one of reference"):
-      dispatch.choose('dense_attention', 'gpu')
+    with pytest.raises(ValueError, match="dense_attention: there is no implementation 'npu'; use one of reference"):
+      dispatch.choose('dense_attention', 'npu')
 
 
 @pytest.mark.slow

@@ -29,8 +29,8 @@ def test_visible_equals_plain_loops(layout, causal):
 def test_an_implementation_that_does_not_exist_is_refused_by_name():
   assert dispatch.choose('dense_attention', None) == 'xla'
   assert dispatch.choose('dense_attention', 'reference') == 'reference'
-  with pytest.raises(ValueError, match="dense_attention: there is no implementation 'tpu'; use one of reference, xla"):
-    dispatch.choose('dense_attention', 'tpu')
+  with pytest.raises(ValueError, match="adapted_swiglu: there is no implementation 'tpu'; use one of reference, xla"):
+    dispatch.choose('adapted_swiglu', 'tpu')
 
 
 def test_masks_of_small_rows_are_made_before_the_loop_over_them_or_within(monkeypatch):
