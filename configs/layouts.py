@@ -57,7 +57,7 @@ MESHES = {
     # Two devices a chip.
     'tpu7x_4x4x4': {'stage0': (16, 1, 8), 'stage1': (16, 1, 8), 'stage2': (4, 4, 8), 'stage3': (1, 16, 8)},
     # 8 GPUs a host: the last axis stays within one, since experts travel in every layer.
-    'h100_8': {'stage0': (2, 1, 4), 'stage1': (1, 2, 4), 'stage2': (1, 2, 4)},
+    'h100_8': {'stage0': (2, 1, 4), 'stage1': (1, 2, 4), 'stage2': (1, 2, 4), 'stage3': (1, 8, 1)},
     'h100_64': {'stage0': (16, 1, 4), 'stage1': (16, 1, 4), 'stage2': (4, 4, 4), 'stage3': (1, 16, 4)},
 }
 

@@ -59,7 +59,7 @@ class Rows:
     self.sources = listed(data)
     self.files = [shards.Corpus(s.path) if os.path.isdir(s.path) else sources.Rows(s.path) for s in self.sources]
     self.starts = [0, *itertools.accumulate(map(len, self.files))]      # of each source, then the end
-    self._names = {str(s.path): s.name for s in self.sources}
+    self._numbers = {str(s.path): i for i, s in enumerate(self.sources)}
 
   def __len__(self) -> int:
     return self.starts[-1]
@@ -84,9 +84,12 @@ class Rows:
     rows, i = self._find(i)
     return rows.where(i)
 
+  def origin(self, where: str) -> int:
+    """Number of the source that 'file:number' belongs to."""
+    return self._numbers[where.rpartition(':')[0]]
+
   def name(self, where: str) -> str:
-    """The source that 'file:number' belongs to."""
-    return self._names[where.rpartition(':')[0]]
+    return self.sources[self.origin(where)].name
 
   def _find(self, i):
     s = bisect.bisect_right(self.starts, i) - 1

@@ -138,8 +138,10 @@ def fill(sizes: Sequence[tuple[int, list[tuple[int, int]]]], shape: Shape, toget
   return sorted(bins, key=lambda b: b.items[0][0])
 
 
-def collate(rows: Sequence[tuple[Bin, Sequence[Example]]], shape: Shape) -> Batch:
-  """Filled rows to one batch; each row is a bin and the list that its sample indices point into."""
+def collate(rows: Sequence[tuple[Bin, Sequence[Example]]], shape: Shape,
+            origin: Callable[[Example], int] = lambda example: 0) -> Batch:
+  """Filled rows to one batch; each row is a bin and the list that its sample indices point into. origin: the source of
+  a mixture that a sample is of."""
   B, T, R, N, C = len(rows), shape.tokens, shape.vision_rows, shape.vision_patches, shape.values
   group = shape.merge ** 2
   if N % group:
@@ -148,7 +150,7 @@ def collate(rows: Sequence[tuple[Bin, Sequence[Example]]], shape: Shape) -> Batc
   weight_BT, position_BT3 = np.zeros((B, T), np.float32), np.zeros((B, T, 3), np.int32)
   segment_BT, vision_BT = np.zeros((B, T), np.int32), np.full((B, T), -1, np.int32)
   patch_BRNC, coord_BRN4 = np.zeros((B, R, N, C), np.uint8), np.zeros((B, R, N, 4), np.int32)
-  frame_BRN = np.zeros((B, R, N), np.int32)
+  frame_BRN, origin_BT = np.zeros((B, R, N), np.int32), np.zeros((B, T), np.int32)
   for b, (bin_, examples) in enumerate(rows):
     at, used, frames = 0, [0] * R, [0] * R           # tokens, patches and frames so far
     for sample, (item, runs) in enumerate(bin_.items, 1):
@@ -157,7 +159,7 @@ def collate(rows: Sequence[tuple[Bin, Sequence[Example]]], shape: Shape) -> Batc
       at = to.stop
       token_BT[b, to], target_BT[b, to], weight_BT[b, to] = e.token_T, e.target_T, e.weight_T
       position_BT3[b, to] = e.position_T3
-      segment_BT[b, to] = (sample << BRANCH_BITS) | e.branch_T
+      segment_BT[b, to], origin_BT[b, to] = (sample << BRANCH_BITS) | e.branch_T, origin(e)
       merged, start = [], 0
       for row, size, n in runs:
         dst, src = slice(used[row], used[row] + n * size), slice(start, start + n * size)
@@ -170,7 +172,7 @@ def collate(rows: Sequence[tuple[Bin, Sequence[Example]]], shape: Shape) -> Batc
         vision_BT[b, to] = np.where(e.vision_T < 0, -1, place_M[e.vision_T])
   order_BT = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)).copy()
   return Batch(token_BT, target_BT, weight_BT, position_BT3, segment_BT, order_BT, vision_BT, patch_BRNC, coord_BRN4,
-               frame_BRN)
+               frame_BRN, origin_BT)
 
 
 def pack(examples: Sequence[Example], shape: Shape, together: bool = True) -> Batch:

@@ -66,7 +66,7 @@ def train_batches(data, batch: int, seed: int, process_index: int = 0, process_c
     here = of // process_count             # streams of this process share its readers; order does not depend on them
     read = lambda samples: readers.read(samples, here)
     samples = mixture.stream(load.rows, seed, stream, of).map(readers.load)
-    return iter(Packed(samples, load.shape, batch // of, data.pack, read, mixture.epoch(load.rows, of)))
+    return iter(Packed(samples, load, batch // of, read, mixture.epoch(load.rows, of)))
 
   reading = streams.Reading(data.max_wait_seconds, readers, report)
   return streams.Batches(opened, load.rows, (process_index, process_count), data.streams or process_count, reading)
@@ -217,11 +217,11 @@ class Packed(grain.IterDataset):
   """Samples to (Batch, the skips met on the way, (file:row, tokens) of the batch's samples). State: first sample of the
   window, rows of it already given out."""
 
-  def __init__(self, stream: grain.MapDataset, shape, rows: int, together: bool,
+  def __init__(self, stream: grain.MapDataset, load: Load, rows: int,
                read: Callable[[grain.MapDataset], grain.IterDataset], epoch: int):
     super().__init__()
-    self.stream, self.shape, self.rows, self.together, self.epoch = stream, shape, rows, together, epoch
-    self.read = read
+    self.stream, self.rows, self.read, self.epoch = stream, rows, read, epoch
+    self.shape, self.together, self.mixed = load.shape, load.data.pack, load.rows
 
   def __iter__(self):
     return PackedIterator(self)
@@ -270,7 +270,8 @@ class PackedIterator(grain.DatasetIterator):
       rows += [(b, self._examples) for b in take]
       self._row += len(take)
     taken = [examples[item] for bin_, examples in rows for item, _ in bin_.items]
-    return packing.collate(rows, self._packed.shape), skips, [(e.source, len(e.token_T)) for e in taken]
+    batch = packing.collate(rows, self._packed.shape, lambda e: self._packed.mixed.origin(e.source))
+    return batch, skips, [(e.source, len(e.token_T)) for e in taken]
 
   def _fill(self) -> list[Skip]:
     """Reads the next window of samples and packs it."""

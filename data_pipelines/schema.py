@@ -43,6 +43,7 @@ class Batch(NamedTuple):
   patch_BRNC: np.ndarray     # uint8
   coord_BRN4: np.ndarray     # int32
   frame_BRN: np.ndarray      # int32, frame number inside the vision row, 0 = padding
+  origin_BT: np.ndarray      # int32, which source of a mixture the token's sample is of (`mixture.Rows.sources`)
 
 
 class PolicyBatch(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from data_pipelines import mixture
 from data_pipelines.errors import InputError
 from keye_jax import api, checkpoint, run_folder
 from keye_jax.config import ModelConfig, RunConfig, TextConfig
@@ -42,10 +43,12 @@ class Programs(NamedTuple):
 def programs(config: RunConfig) -> Programs:
   model, train = config.model, config.train
   if model.contrast:
-    return _programs(config, siglip_loss(model.layout), functools.partial(contrast.apply, model, config.data.samples))
-  objective = sft(model.layout, train.balance_weight, train.indexer_weight)
+    objective = siglip_loss(model.layout)
+    return _programs(config, functools.partial(contrast.apply, model, config.data.samples), objective, objective)
+  objective = functools.partial(sft, model.layout, train.balance_weight, train.indexer_weight)
   apply = lambda params, batch: keye.apply(model, lora.scaled(config.lora, params), batch)
-  return _programs(config, objective, apply)
+  mixed = [source.name for source in mixture.listed(config.data)] if config.data.sources else []
+  return _programs(config, apply, objective(sources=mixed), objective())
 
 
 def policy_programs(config: RunConfig) -> Programs:
@@ -53,10 +56,11 @@ def policy_programs(config: RunConfig) -> Programs:
   model, train = config.model, config.train
   objective = gspo(model.layout, train.balance_weight, train.indexer_weight)
   apply = lambda params, rows: keye.apply(model, lora.scaled(config.lora, params), rows.batch)
-  return _programs(config, objective, apply)
+  return _programs(config, apply, objective, objective)
 
 
-def _programs(config: RunConfig, objective: Objective, apply: Callable[[Any, Any], Any]) -> Programs:
+def _programs(config: RunConfig, apply: Callable[[Any, Any], Any], objective: Objective, judge: Objective) -> Programs:
+  """objective: what is trained. judge: the same for held-out rows, which are one file."""
   model, train = config.model, config.train
   tx = make_optimizer(config.optimizer)
   update = make_update(apply, objective, tx, train.accumulate)
@@ -73,7 +77,7 @@ def _programs(config: RunConfig, objective: Objective, apply: Callable[[Any, Any
 
   even = functools.partial(even_rows, model.layout, train.accumulate)
   return Programs(jax.jit(fresh), jax.jit(around, donate_argnums=0), update, rates(config.optimizer, train.steps),
-                  make_measure(apply, objective), jax.jit(even))
+                  make_measure(apply, judge), jax.jit(even))
 
 
 def first_state(config: RunConfig, made: Programs, say: Callable[[str], None]) -> State:

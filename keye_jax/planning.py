@@ -35,7 +35,7 @@ def batch_shapes(config: RunConfig) -> Batch:
     raise InputError(f'train.batch = {B} rows cannot be divided over {rows} groups of devices; use a multiple')
   shapes = dict(token_BT=(B, T), target_BT=(B, T), weight_BT=(B, T), position_BT3=(B, T, 3), segment_BT=(B, T),
                 order_BT=(B, T), vision_BT=(B, T), patch_BRNC=(B, R, N, v.patch_dim), coord_BRN4=(B, R, N, 4),
-                frame_BRN=(B, R, N))
+                frame_BRN=(B, R, N), origin_BT=(B, T))
   dtypes = {'weight_BT': 'float32', 'patch_BRNC': 'uint8'}
   return Batch(**{name: _batched(config, name, shape, dtypes.get(name, 'int32')) for name, shape in shapes.items()})
 

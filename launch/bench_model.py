@@ -47,7 +47,8 @@ def text_batch(config: ModelConfig, tokens: int, seed: int = 0) -> Batch:
   return jax.tree.map(jnp.asarray, Batch(
       token_BT, np.roll(token_BT, -1, 1), np.ones((1, tokens), np.float32), np.repeat(place_BT[..., None], 3, 2),
       np.full((1, tokens), 1 << 8, np.int32), place_BT, np.full((1, tokens), -1, np.int32),
-      np.zeros((1, 0, 0, config.vision.patch_dim), np.uint8), np.zeros((1, 0, 0, 4), np.int32), none))
+      np.zeros((1, 0, 0, config.vision.patch_dim), np.uint8), np.zeros((1, 0, 0, 4), np.int32), none,
+      np.zeros((1, tokens), np.int32)))
 
 
 def flops(config: ModelConfig, kind: str, tokens: int) -> float:

@@ -11,10 +11,11 @@ from launch import balance_page, bench_page, cli, kernels_page, ladder_page, res
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = ['README.md', 'CONTRIBUTING.md', 'docs/papers.md', 'docs/kernels.md', 'docs/scale.md', 'docs/lossless.md',
-         'docs/failures.md', 'docs/data.md', 'docs/ladder.md']
+         'docs/failures.md', 'docs/data.md', 'docs/ladder.md', 'docs/watching.md']
 FOLDERS = ('', 'pallas_kernels', 'data_pipelines', 'keye_jax', 'tests/data_pipelines')
 # What the documentation names without promising that it lies in the checkout.
-ELSEWHERE = re.compile(r'runs/|~/|report\.html$|dataset\.json$|(reference|xla|tpu|gpu|__init__|utils)\.py$')
+ELSEWHERE = re.compile(r'runs/|(loss|data|heldout)/|metrics\.jsonl$|(tensorboard|profile)/$|'
+                       r'~/|report\.html$|dataset\.json$|(reference|xla|tpu|gpu|__init__|utils)\.py$')
 
 
 @pytest.mark.parametrize('page', PAGES)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -87,6 +88,15 @@ def test_another_dataset_is_refused(finished, tmp_path):
     loop.train(tiny_run.config(other, steps=14), finished[0])
 
 
+def documented(name: str) -> bool:
+  """Whether docs/watching.md has a metric of this name."""
+  page = (ROOT / 'docs' / 'watching.md').read_text()
+  rows = [line.split('|')[1] for line in page.splitlines() if line.startswith('| `')]
+  names = [name for row in rows for name in re.findall('`([^`]+)`', row)]
+  known = [re.escape(name).replace('NAME', '[^/]+').replace('METRIC', '.+') for name in names]
+  return any(re.fullmatch(k, name) for k in known)
+
+
 def test_a_mixture_is_counted_and_a_changed_one_refused_by_name(data, tmp_path):
   tiny_run.dataset(tmp_path / 'more', rows=12, seed=1)
   sources = SourceConfig('first', str(data), 3.0), SourceConfig('second', 'sums.jsonl', 1.0)
@@ -101,6 +111,9 @@ def test_a_mixture_is_counted_and_a_changed_one_refused_by_name(data, tmp_path):
   last = metrics.read(out)[-1]
   assert last['data/first/samples'] > last['data/second/samples'] > 0
   assert last['data/second/epochs'] == (last['data/second/samples'] + last['data/second/skipped']) / 12
+  assert all(map(documented, last.keys() - {'step'}))
+  low, high = sorted(last[f'loss/{name}'] for name in ('first', 'second'))
+  assert low < last['loss'] < high
   assert summary['source second'].startswith(f'{last["data/second/samples"]} samples, ')
   with pytest.raises(InputError, match=r'data.sources.second.weight was 1.0, now 2.0\. '):
     loop.train(mixed(sources[0], dataclasses.replace(sources[1], weight=2.0), steps=6), out)
@@ -170,6 +183,8 @@ def test_starting_from_another_run(finished, data, tmp_path, capsys):
   assert plain.summary['loss'] < 0.9 * fresh
   sparse = loop.train(tiny_run.with_indexer(start), tmp_path / 'b')
   assert sparse.summary['loss'] < 0.9 * fresh
+  last, = metrics.read(tmp_path / 'b')
+  assert 0.1 < last['indexer_recall'] < 1 and all(map(documented, last.keys() - {'step'}))
   assert 'has no indexer; a new one is initialised' in capsys.readouterr().err
   back = dataclasses.replace(start, train=dataclasses.replace(start.train, init=str(tmp_path / 'b')))
   assert loop.train(back, tmp_path / 'c').summary['loss'] < 0.9 * fresh

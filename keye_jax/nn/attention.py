@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from keye_jax import sharding
 from keye_jax.config import ModelConfig
 from keye_jax.nn import layers, rope
+from keye_jax.nn.recall import Recall, recall
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.dsa_attention import dsa_attention
 from pallas_kernels.dsa_decode import Pages, dsa_decode, newest, write
@@ -51,6 +52,12 @@ class KV(NamedTuple):
   ik_BSJ: jax.Array | None
 
 
+class Learnt(NamedTuple):
+  """What the indexer's learning leaves of a layer."""
+  kl_BT: jax.Array
+  recall: Recall
+
+
 class Indexer(nn.Module):
   """x_BTD -> query heads, one key head, gates. RMSNorm on queries, LayerNorm on keys, RoPE over the full width."""
   config: ModelConfig
@@ -78,7 +85,7 @@ class Indexer(nn.Module):
 
 
 class Attention(nn.Module):
-  """(x_BTD, context, cache of this layer, in pages or not, or None) -> (y_BTD, kl_BT or None, KV of the new tokens)."""
+  """(x_BTD, context, cache of this layer, in pages or not, or None) -> (y_BTD, Learnt or None, KV of new tokens)."""
   config: ModelConfig
 
   @nn.compact
@@ -107,21 +114,21 @@ class Attention(nn.Module):
       index = Indexer(c, name='indexer')(x_BTD, ctx.index_cos_BTF, ctx.index_sin_BTF)
     new = KV(k_BTGK, v_BTGK, index[1] if index else None)
     if ctx.table is not None:
-      o_BTHK, kl_BT = attend_pages(c, q_BTHK, cache, new, index, ctx.table), None
+      o_BTHK, learnt = attend_pages(c, q_BTHK, cache, new, index, ctx.table), None
     else:
       keys = new if cache is None else jax.tree.map(
           lambda old, token: sharding.append(old, token, ctx.slot, 1), cache, new)
-      o_BTHK, kl_BT = attend(c, q_BTHK, keys, index, ctx)
+      o_BTHK, learnt = attend(c, q_BTHK, keys, index, ctx)
     y_BTD = layers.project(o_BTHK, o_HKD, 2)
-    return y_BTD, kl_BT, new
+    return y_BTD, learnt, new
 
 
 def attend(config: ModelConfig, q_BTHK, keys: KV, index, ctx: Context):
   """Runs the attention mode of the config on each device's own queries against all keys of its rows.
 
   Under a sharded sequence the keys are gathered (index keys are narrow) and queries stay where they are; `order`
-  carries causality, so any layout of the sequence gives the same result. Returns (o_BTHK, kl_BT or None): with a
-  cache nothing is learnt, so the indexer's loss is left out.
+  carries causality, so any layout of the sequence gives the same result. Returns (o_BTHK, Learnt or None): with a
+  cache nothing is learnt, so the indexer's loss and recall are left out.
   """
   query, key, learning = ('batch', 'seq'), ('batch', None), ctx.slot is None
   arrays = dict(q=(q_BTHK, query), k=(keys.k_BSGK, key), v=(keys.v_BSGK, key),
@@ -146,17 +153,22 @@ def attend(config: ModelConfig, q_BTHK, keys: KV, index, ctx: Context):
     o_BTHK, lse_BTH = dense(a)
     kl_BT = indexer_warmup(a['q'], a['k'], lse_BTH, a['iq'], a['ik'], a['gate'], a['q_segment'], a['k_segment'],
                            a['q_order'], a['k_order'])
-    return o_BTHK, kl_BT
+    return o_BTHK, Learnt(kl_BT, recalled(a))
 
   def sparse(a):
     result = dsa_attention(a['q'], a['k'], a['v'], a['iq'], a['ik'], a['gate'], a['q_segment'], a['k_segment'],
                            a['q_order'], a['k_order'], topk=config.text.indexer.topk, want_kl=learning)
-    return (result.o_BTHK, result.kl_BT) if learning else result.o_BTHK
+    return (result.o_BTHK, Learnt(result.kl_BT, recalled(a))) if learning else result.o_BTHK
+
+  def recalled(a):
+    return recall(a['q'], a['k'], a['iq'], a['ik'], a['gate'], a['q_segment'], a['k_segment'], a['q_order'],
+                  a['k_order'], topk=config.text.indexer.topk)
 
   match config.attention:
     case 'warmup' | 'sparse' if learning:
       with_loss = warmup if config.attention == 'warmup' else sparse
-      return sharding.local(with_loss, config.layout, (in_axes,), (o_axes, query))(values)
+      learnt = Learnt(query, Recall(query, query))
+      return sharding.local(with_loss, config.layout, (in_axes,), (o_axes, learnt))(values)
     case 'sparse':
       return sharding.local(sparse, config.layout, (in_axes,), o_axes)(values), None
     case 'dense' | 'warmup':

@@ -99,6 +99,10 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
       return Cost(2.0 * B * keys * (G * N * K + I * T * J * products), bytes=read + scores + ends)
     return rule
 
+  def recall(B, N, S, H, G, K, I, J, width) -> Cost:
+    """A few queries, one after another, against all keys."""
+    return Cost(2.0 * B * N * S * (H * K + I * J), bytes=B * N * S * (G * K + J) * width)
+
   def computed(N, E, K) -> float:
     """Picks: of rows with one each, mine and room for more; else of rows of all devices."""
     return N * K / config.experts_capacity if travels else N * K * E / experts
@@ -149,6 +153,7 @@ def rules(config: ModelConfig, seen: Callable[[int, int], float] | None = None) 
       'dsa_attention_forward': sparse(2, 0), 'dsa_attention_backward': sparse(5, 0),
       'dsa_attention_forward_kl': sparse(3, 1), 'dsa_attention_backward_kl': sparse(5, 3),
       'indexer_warmup_forward': warmup(False), 'indexer_warmup_backward': warmup(True),
+      'indexer_recall': recall,
       'routed_swiglu_forward': routed(True), 'routed_swiglu_backward': routed(False),
       'adapted_swiglu_forward': adapted(True), 'adapted_swiglu_backward': adapted(False)}
 

@@ -14,6 +14,7 @@ from keye_jax.config import ModelConfig
 from keye_jax.nn import layers, rope
 from keye_jax.nn.attention import KV, Attention, Context, Table
 from keye_jax.nn.experts import Mlp
+from keye_jax.nn.recall import Recall
 from pallas_kernels.dsa_decode import Pages, eight_bits, newest, write
 
 
@@ -37,6 +38,7 @@ class Aux(NamedTuple):
   load_LE: jax.Array | None
   kl_LBT: jax.Array | None   # indexer KL; padding is 0
   dropped_L: jax.Array | None    # picks of experts that the transport dropped
+  recall: Recall | None          # of the indexers, leaves [L, B, N]
 
 
 class Block(nn.Module):
@@ -47,11 +49,11 @@ class Block(nn.Module):
     c, eps = self.config, self.config.text.norm_eps
     norm = lambda name: sharding.param(self, name, nn.initializers.ones, (c.text.embed,), (None,), c)
     valid_BT = ctx.segment_BT > 0
-    y_BTD, kl_BT, kv = Attention(c, name='attn')(layers.rms_norm(x_BTD, norm('attn_norm'), eps), ctx, cache)
+    y_BTD, learnt, kv = Attention(c, name='attn')(layers.rms_norm(x_BTD, norm('attn_norm'), eps), ctx, cache)
     x_BTD = x_BTD + y_BTD
     y_BTD, routing, dropped = Mlp(c, name='mlp')(layers.rms_norm(x_BTD, norm('ffn_norm'), eps), valid_BT)
-    kl_BT = None if kl_BT is None else jnp.where(valid_BT, kl_BT, 0)
-    aux = Aux(routing.balance_B if routing else None, routing.load_E if routing else None, kl_BT, dropped)
+    aux = Aux(routing.balance_B if routing else None, routing.load_E if routing else None,
+              jnp.where(valid_BT, learnt.kl_BT, 0) if learnt else None, dropped, learnt.recall if learnt else None)
     return x_BTD + y_BTD, (aux, kv)
 
 

@@ -99,7 +99,7 @@ def smallest_batch(config: ModelConfig) -> Batch:
   int_BT = zeros(jnp.int32, B, T, axes=token)
   return Batch(int_BT, int_BT, zeros(jnp.float32, B, T, axes=token), zeros(jnp.int32, B, T, 3, axes=token), int_BT,
                int_BT, int_BT - 1, zeros(jnp.uint8, B, R, N, v.patch_dim, axes=seen),
-               zeros(jnp.int32, B, R, N, 4, axes=seen), zeros(jnp.int32, B, R, N, axes=seen))
+               zeros(jnp.int32, B, R, N, 4, axes=seen), zeros(jnp.int32, B, R, N, axes=seen), int_BT)
 
 
 def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:

@@ -32,6 +32,8 @@ def terms(output, batch, totals, balance_weight: float, indexer_weight: float) -
   if aux.kl_LBT is not None:
     term, more = indexer_kl(aux.kl_LBT, batch.segment_BT, totals['queries'])
     value, metrics = value + indexer_weight * term, metrics | more
+  if aux.recall is not None:
+    metrics['indexer_recall'] = jnp.sum(aux.recall.mass_BN * aux.recall.counts_BN), jnp.sum(aux.recall.counts_BN)
   return value, metrics
 
 

@@ -2,6 +2,8 @@
 
 B rows, T tokens.
 """
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -17,5 +19,18 @@ def next_token(logp_BT: jax.Array, weight_BT: jax.Array, total: jax.Array) -> tu
       do not count.
     total: sum of the weights of the whole batch, all micro-batches together (nats become nats per target).
   """
-  nll = jnp.sum(jnp.where(weight_BT > 0, -logp_BT * weight_BT, 0.0))
+  nll = jnp.sum(losses(logp_BT, weight_BT))
   return over(total, nll), {'loss': (nll, jnp.sum(weight_BT))}
+
+
+def losses(logp_BT: jax.Array, weight_BT: jax.Array) -> jax.Array:
+  """Weighted nats of each target, [B, T]."""
+  return jnp.where(weight_BT > 0, -logp_BT * weight_BT, 0.0)
+
+
+def by_source(logp_BT: jax.Array, weight_BT: jax.Array, origin_BT: jax.Array, sources: Sequence[str]) -> Metrics:
+  """'loss/NAME': the loss over the targets of each source of a mixture. sources: their names, in the order that
+  `origin_BT` counts them."""
+  mine = lambda x_BT, i: jnp.sum(jnp.where(origin_BT == i, x_BT, 0.0))
+  nll_BT = losses(logp_BT, weight_BT)
+  return {f'loss/{name}': (mine(nll_BT, i), mine(weight_BT, i)) for i, name in enumerate(sources)}

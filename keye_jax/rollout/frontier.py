@@ -102,7 +102,7 @@ def frontier_batch(config: ModelConfig, front: Frontier, segment_BQ: jax.Array) 
   none = jnp.zeros((B, 0, 0), jnp.int32)
   return Batch(front.token_BQ, front.token_BQ, jnp.zeros((B, Q)), front.position_BQ3, segment_BQ, front.order_BQ,
                jnp.full((B, Q), -1, jnp.int32), jnp.zeros((B, 0, 0, config.vision.patch_dim), jnp.uint8),
-               jnp.zeros((B, 0, 0, 4), jnp.int32), none)
+               jnp.zeros((B, 0, 0, 4), jnp.int32), none, jnp.zeros((B, Q), jnp.int32))
 
 
 def next_front(front: Frontier, token_BQ: jax.Array, logp_BQ: jax.Array, segment_BQ: jax.Array) -> Frontier:

@@ -140,7 +140,7 @@ def test_training_reads_a_corpus_as_it_reads_the_rows(folder, built, tmp_path):
   load = pipeline.Load(data[1], 14, 2, strict=True)
   stream = mixture.stream(load.rows, 5, 0, 1).map(load)
   assert_equal_output_after_checkpoint(LimitIterDataset(
-      pipeline.Packed(stream, load.shape, 2, True, pipeline.threaded, 5), 5))
+      pipeline.Packed(stream, load, 2, pipeline.threaded, 5), 5))
 
 
 def test_a_corpus_is_a_source_of_a_mixture(folder, built):

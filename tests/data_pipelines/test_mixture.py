@@ -77,7 +77,11 @@ def test_shares_are_the_largest_remainders(weights, counts):
 def test_a_run_sees_the_weights_and_counts_them(folder):
   data = config(folder)
   batches = pipeline.train_batches(data, 4, seed=1)
-  where = [w for _ in range(50) for _ in [next(batches)] for w in batches.sources]
+  where, tokens = [], np.zeros(len(WEIGHTS), int)
+  for _ in range(50):
+    batch = next(batches)
+    where += batches.sources
+    tokens += np.bincount(batch.origin_BT[batch.segment_BT > 0], minlength=len(WEIGHTS))
   stats = batches.stats()
   batches.close()
   seen = collections.Counter(w.rpartition('/')[2].partition('.')[0] for w in where)
@@ -91,6 +95,7 @@ def test_a_run_sees_the_weights_and_counts_them(folder):
   assert met['long']['epochs'] > 20 > met['short']['epochs'] > 2         # the small one was repeated
   assert skipped == stats['skipped']['bad JSON'] > 3
   assert met['text']['tokens'] > 5 * met['text']['samples']
+  assert [m['tokens'] for m in met.values()] == tokens.tolist()          # each token knows its source
 
 
 def test_every_epoch_of_a_source_holds_its_rows_once(folder):

@@ -92,9 +92,9 @@ def test_order_depends_on_the_seed_alone(path):
 @pytest.mark.parametrize('together', [True, False])
 def test_every_state_restores(path, together, monkeypatch):
   monkeypatch.setattr(pipeline, 'WINDOW_ROWS', 3)         # several windows, and states inside one
-  load = pipeline.Load(config(path), 14, 2, strict=False)
+  load = pipeline.Load(config(path, pack=together), 14, 2, strict=False)
   stream = mixture.stream(load.rows, 5, 0, 1).map(load)
-  packed = pipeline.Packed(stream, load.shape, 2, together, pipeline.threaded, 24)
+  packed = pipeline.Packed(stream, load, 2, pipeline.threaded, 24)
   assert_equal_output_after_checkpoint(LimitIterDataset(packed, 9))
 
 

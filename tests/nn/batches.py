@@ -56,7 +56,7 @@ def pack(rows: list[list[dict]], T: int, R: int, N: int) -> Batch:
   out = Batch(*(np.zeros((B, T), t) for t in (np.int32, np.int32, np.float32)), np.zeros((B, T, 3), np.int32),
               np.zeros((B, T), np.int32), np.tile(np.arange(T, dtype=np.int32), (B, 1)),
               np.full((B, T), -1, np.int32), np.zeros((B, R, N, C), np.uint8), np.zeros((B, R, N, 4), np.int32),
-              np.zeros((B, R, N), np.int32))
+              np.zeros((B, R, N), np.int32), np.zeros((B, T), np.int32))
   for b, samples in enumerate(rows):
     t = r = 0
     for number, s in enumerate(samples, 1):

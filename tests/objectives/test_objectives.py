@@ -9,7 +9,7 @@ import pytest
 
 from keye_jax.objectives.balance import load_peak, router_balance
 from keye_jax.objectives.indexer import indexer_kl
-from keye_jax.objectives.lm import next_token
+from keye_jax.objectives.lm import by_source, next_token
 from keye_jax.objectives.sft import sft
 
 
@@ -26,6 +26,13 @@ def test_next_token_ignores_infinite_surprise_where_nothing_is_asked_and_has_no_
   logp_BT, weight_BT = jnp.array([[-jnp.inf, -1.0]]), jnp.array([[0.0, 1.0]])
   value, grad = jax.value_and_grad(lambda x: next_token(x, weight_BT, jnp.float32(1))[0])(logp_BT)
   assert float(value) == 1.0 and grad.tolist() == [[0.0, -1.0]]
+
+
+def test_the_losses_of_sources_are_those_of_their_targets():
+  logp_BT, weight_BT = -jnp.array([[1.0, 2.0, 3.0, jnp.inf]]), jnp.array([[1.0, 0.5, 2.0, 0.0]])
+  metrics = by_source(logp_BT, weight_BT, jnp.array([[1, 0, 1, 0]]), ['a', 'b', 'c'])
+  assert {name: [float(v) for v in pair] for name, pair in metrics.items()} == {
+      'loss/a': [1.0, 0.5], 'loss/b': [7.0, 3.0], 'loss/c': [0.0, 0.0]}
 
 
 def test_a_batch_with_nothing_to_learn_costs_zero():
@@ -68,6 +75,7 @@ class Aux(NamedTuple):
   load_LE: Any = None
   kl_LBT: Any = None
   dropped_L: Any = None
+  recall: Any = None
 
 
 class Output(NamedTuple):

@@ -24,7 +24,7 @@ class Rows(NamedTuple):
 class Output(NamedTuple):
   hidden_BTD: Any            # here the log-probabilities themselves, [B, T]
   head_DV: Any = None
-  aux: Any = Aux(None, None, None, None)
+  aux: Any = Aux(None, None, None, None, None)
   stayed: Any = None
 
 
@@ -211,7 +211,7 @@ def test_a_batch_without_a_response_costs_nothing():
 
 def test_router_and_indexer_are_beside_it():
   logp_BT, batch = packed(noise=0)
-  aux = Aux(jnp.array([[2.0, 4.0]]), jnp.ones((1, 4)), jnp.full((1, 2, 10), 0.5), None)
+  aux = Aux(jnp.array([[2.0, 4.0]]), jnp.ones((1, 4)), jnp.full((1, 2, 10), 0.5), None, None)
   with_them, without = (gspo('train', *weights, WIDE, stats) for weights in ((0.1, 10.0), (0.0, 0.0)))
   out = Output(jnp.asarray(logp_BT, jnp.float32), aux=aux)
   totals = with_them.totals(batch)

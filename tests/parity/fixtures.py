@@ -40,4 +40,5 @@ def text_batch(token_BT: np.ndarray, position_BT3: np.ndarray | None = None) -> 
   segment_BT, no_vision_BT = np.full((B, T), 1 << 8, np.int32), np.full((B, T), -1, np.int32)
   return Batch(token_BT.astype(np.int32), np.roll(token_BT, -1, 1).astype(np.int32), weight_BT,
                position_BT3.astype(np.int32), segment_BT, order_BT, no_vision_BT,
-               np.zeros((B, 0, 0, 588), np.uint8), np.zeros((B, 0, 0, 4), np.int32), np.zeros((B, 0, 0), np.int32))
+               np.zeros((B, 0, 0, 588), np.uint8), np.zeros((B, 0, 0, 4), np.int32), np.zeros((B, 0, 0), np.int32),
+               np.zeros((B, T), np.int32))

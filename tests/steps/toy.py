@@ -26,6 +26,7 @@ class Aux(NamedTuple):
   load_LE: Any
   kl_LBT: Any
   dropped_L: Any = None
+  recall: Any = None
 
 
 class Output(NamedTuple):
