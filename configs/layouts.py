@@ -14,8 +14,16 @@ import dataclasses
 from typing import NamedTuple
 
 from configs import keye_vl_2_30b_a3b
-from configs.pretrain import INDEXERS_WAIT, ONLY_INDEXERS, ONLY_PROJECTOR
-from keye_jax.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig, to_dict
+from configs.pretrain import INDEXERS_WAIT, ONLY_PROJECTOR
+from keye_jax.config import (
+  ONLY_INDEXERS,
+  DataConfig,
+  MeshConfig,
+  OptimizerConfig,
+  RunConfig,
+  TrainConfig,
+  to_dict,
+)
 
 
 class Stage(NamedTuple):

@@ -22,6 +22,7 @@ import dataclasses
 
 from configs import keye_vl_2_30b_a3b
 from keye_jax.config import (
+  ONLY_INDEXERS,
   DataConfig,
   IndexerConfig,
   MeshConfig,
@@ -37,7 +38,7 @@ from keye_jax.config import (
 
 STAGES = {'tiny': ('vit', 'text', '0', '1', '2', '3-warmup', '3'), '30b': ('vit', '0', '1', '2', '3-warmup', '3')}
 
-ONLY_PROJECTOR, ONLY_INDEXERS = ('', '!projector'), ('', '!layers/attn/indexer')
+ONLY_PROJECTOR = ('', '!projector')
 # Dense attention does not read the indexers: without gradients weight decay would still wear them down.
 INDEXERS_WAIT = ('layers/attn/indexer',)
 # The text stage has no pictures: the vision tower only goes along, to the stage after it.

@@ -44,8 +44,9 @@ if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
   "${chosen#* }" -m venv --clear "$venv"
 fi
 
-case $("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') in
-  3.11) set=constraints/py311.txt ;;
+case $("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])'),$extras, in
+  3.11,*data,*) set=constraints/py311-data.txt ;;        # Apache Beam asks for older releases
+  3.11,*) set=constraints/py311.txt ;;
   *) set=constraints/py312.txt ;;
 esac
 echo "Installing .[$extras] with the versions of $set into $venv (about 1 GB, one to three minutes)"

@@ -151,6 +151,9 @@ class DataConfig:
   max_wait_seconds: float = 1800.0      # for one batch; then workers are replaced, and without any the run ends
 
 
+ONLY_INDEXERS = ('', '!layers/attn/indexer')       # as `TrainConfig.freeze`: all but the indexers waits
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
   steps: int = 100

@@ -16,13 +16,13 @@ from data_pipelines.errors import InputError
 from data_pipelines.schema import Batch, PolicyBatch
 from keye_jax import begin, feed, jaxpr_costs, sharding, temporaries
 from keye_jax.chips import CHIPS, Chip
-from keye_jax.config import RunConfig
+from keye_jax.config import ONLY_INDEXERS, RunConfig, check
 from keye_jax.jaxpr_costs import Cost
 from keye_jax.nn import costs, counts, keye
 from keye_jax.rollout import sampler
 from pallas_kernels import dense_attention, dispatch, dsa_attention, grouped_matmul
 
-STEPS = ('train', 'rl')        # with a gradient and an optimizer
+STEPS = ('train', 'warmup', 'rl')        # with a gradient and an optimizer
 WHATS = (*STEPS, 'prefill', 'decode')
 
 
@@ -64,11 +64,15 @@ class Program(NamedTuple):
 
 
 def traced(config: RunConfig, what: str = 'train') -> Program:
-  """`what` of a run: its training step, supervised or ('rl') on a policy's responses; or on its batch the prefill, or
-  one decoding step with caches of its length, both with bfloat16 weights in the layout 'decode'."""
+  """`what` of a run: its training step, supervised, ('warmup') of the indexers alone beside dense attention, or ('rl')
+  on a policy's responses; or on its batch the prefill, or one decoding step with caches of its length, both with
+  bfloat16 weights in the layout 'decode'."""
+  if what == 'warmup':
+    config = check(dataclasses.replace(config, model=dataclasses.replace(config.model, attention='warmup'),
+                                       train=dataclasses.replace(config.train, freeze=ONLY_INDEXERS)))
   key = jax.eval_shape(lambda: jax.random.key(0))
   if what in STEPS:
-    made, shapes = ((begin.programs, batch_shapes) if what == 'train' else (begin.policy_programs, policy_shapes))
+    made, shapes = (begin.policy_programs, policy_shapes) if what == 'rl' else (begin.programs, batch_shapes)
     made, batch = made(config), shapes(config)
     state = jax.tree.map(_placed, jax.eval_shape(made.fresh, key))
     # `update` is a plain function around the jitted step; the frozen parameters it hands on are donated too here, which

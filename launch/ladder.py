@@ -20,6 +20,7 @@ import jax
 
 from configs import ladder as recipe
 from configs import quickstart
+from data_pipelines import frameforge
 from data_pipelines.errors import InputError
 from data_pipelines.frameforge import captions, transcript
 from keye_jax import answer_losses, api, retrieval
@@ -30,6 +31,7 @@ from launch import evaluate, ladder_page, results, runtime
 from launch.stages import Clock, Stopped, build, train
 
 TEXT = 'text'             # the stage that answers about transcripts
+MORE = 'more'             # folder of the clips that only losses are taken of
 CAPTION_TOKENS = 64       # of an answer that lists the events of a clip
 
 
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   names = list(recipe.STAGES)
   stages = {name: recipe.stage(name, str(out)) for name in names[:names.index(args.until) + 1]}
   try:
-    measured = main(out, stages, recipe.CLIPS, quickstart.VOCAB)
+    measured = main(out, stages, recipe.CLIPS, recipe.MORE_CLIPS, quickstart.VOCAB)
   except Stopped as e:
     number, = e.args
     print(f'stopped by signal {number}; the same command goes on', file=sys.stderr)
@@ -58,8 +60,10 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   return 0
 
 
-def main(out: pathlib.Path, stages: dict[str, RunConfig], clips: dict[str, int], vocab: int) -> dict[str, Any]:
-  """Trains and scores the stages that are not scored yet; returns what OUT/scores.json holds."""
+def main(out: pathlib.Path, stages: dict[str, RunConfig], clips: dict[str, int], more: dict[str, int],
+         vocab: int) -> dict[str, Any]:
+  """Trains and scores the stages that are not scored yet; returns what OUT/scores.json holds. more: clips on which the
+  switch to sparse attention is judged."""
   clock, data, measured = Clock(), out / 'data', Measured(out / 'scores.json', stages, clips)
   with clock.stage('Build clips, pictures and transcripts with exact answers'):
     build(data, clips, vocab)
@@ -79,6 +83,8 @@ def main(out: pathlib.Path, stages: dict[str, RunConfig], clips: dict[str, int],
       step = train(config, out / name)
     trained = time.monotonic()
     with clock.stage(f'Score: {name}'):
+      if name in ladder_page.SWITCH:
+        frameforge.build(out / MORE, **more)
       found = score(name, config, out, data)
       print(evaluate.table({name: {k: Score(*v) for k, v in found['scores'].items()}}))
     spent = {'train seconds': round(trained - begun, 1), 'score seconds': round(time.monotonic() - trained, 1)}
@@ -103,7 +109,8 @@ def score(name: str, config: RunConfig, out: pathlib.Path, data: pathlib.Path) -
   scored = scores.score(asked, answers)
   found = {'clips': [q.clip for q in asked], 'earned': [round(scores.points(*pair), 4) for pair in zip(asked, answers)]}
   if name in ladder_page.SWITCH:
-    found['losses'] = answer_losses.losses(config, params, main_rows)._asdict()
+    judged = dataclasses.replace(rows('heldout.jsonl'), path=str(out / MORE / 'heldout.jsonl'), tokenizer=str(data))
+    found['losses'] = answer_losses.losses(config, params, judged)._asdict()
   if name != TEXT:
     asked, answers, _ = evaluate.answer(config, params, rows(captions.FILE), new_tokens=CAPTION_TOKENS)
     scored |= events.score(answers, [q.expected for q in asked], [q.clip for q in asked])

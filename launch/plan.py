@@ -1,9 +1,9 @@
 """`keye plan`: what a run would need of TPUs or GPUs that are not here.
 
-Compiles the real training step (supervised or on a policy's responses, or the prefill, or a decoding step) ahead of
-time, on a CPU, for every device of a slice, and says what a device holds and does: bytes against its memory, the
-implementation of every op, FLOPs, traffic and the time that each would take at least. Exit code 1 when it does not fit.
-Needs the compilers of 'keye_jax[aot]'.
+Compiles the real training step (supervised, of the indexers alone, or on a policy's responses; or the prefill, or a
+decoding step) ahead of time, on a CPU, for every device of a slice, and says what a device holds and does: bytes
+against its memory, the implementation of every op, FLOPs, traffic and the time that each would take at least. Exit code
+1 when it does not fit. Needs the compilers of 'keye_jax[aot]'.
 """
 import argparse
 import json
@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--topology', required=True, help='slice, e.g. v5p:4x4x8, v6e:16x16, tpu7x:4x4x4, or GPUs, '
                       'h100:8; its devices must fill the mesh of the config')
   parser.add_argument('--what', choices=planning.WHATS, default='train',
-                      help="the training step, the same on a policy's responses (rl), or on its batch the prefill, or "
-                      'one decoding step; default %(default)s')
+                      help="the training step, that of the indexers alone (warmup) or on a policy's responses (rl), or "
+                      'on its batch the prefill, or one decoding step; default %(default)s')
   parser.add_argument('--efficiency', type=float, default=0.5,
                       help='share of its bfloat16 peak that a device reaches in matrix products; an assumption, '
                       'default %(default)s')

@@ -14,6 +14,7 @@ from keye_jax.steps.optimizer import rates
 from launch import ladder, ladder_page, results
 
 CLIPS = dict(n_train=12, n_heldout=4, n_images=24, seed=0, processes=1)
+MORE = dict(n_train=0, n_heldout=7, n_images=0, seed=1, processes=1)
 
 
 def small(name: str, runs: str) -> RunConfig:
@@ -32,15 +33,16 @@ def small(name: str, runs: str) -> RunConfig:
 def test_every_stage_runs_once_and_is_scored(tmp_path, capsys, monkeypatch):
   stages = {name: small(name, str(tmp_path)) for name in recipe.STAGES}
   first = {name: stages[name] for name in ('vit', 'text')}
-  ladder.main(tmp_path, first, CLIPS, quickstart.VOCAB)
+  ladder.main(tmp_path, first, CLIPS, MORE, quickstart.VOCAB)
   before = {name: (tmp_path / name / 'metrics.jsonl').stat().st_mtime_ns for name in first}
   capsys.readouterr()
-  measured = ladder.main(tmp_path, stages, CLIPS, quickstart.VOCAB)
+  measured = ladder.main(tmp_path, stages, CLIPS, MORE, quickstart.VOCAB)
   said = capsys.readouterr().out
   assert 'vit: trained and scored' in said and 'Train: 0 (2 steps)' in said and 'Train: text' not in said
   assert {name: (tmp_path / name / 'metrics.jsonl').stat().st_mtime_ns for name in first} == before
   assert json.loads((tmp_path / 'scores.json').read_text()) == measured and list(measured['stages']) == list(stages)
-  asked = sum(len(json.loads(line)['branches']) for line in (tmp_path / 'data' / 'heldout.jsonl').open())
+  asked, judged = (sum(len(json.loads(line)['branches']) for line in (tmp_path / folder / 'heldout.jsonl').open())
+                   for folder in ('data', 'more'))
   assert {len(found['earned']) for name, found in measured['stages'].items() if name != 'vit'} == {asked}
   assert set(measured['stages']['vit']['scores']) == {'retrieval', 'chance', 'majority'}
   assert {arm.split(' (')[0] for arm in measured['baselines']} == {'majority answer by type', 'best constant interval'}
@@ -54,10 +56,10 @@ def test_every_stage_runs_once_and_is_scored(tmp_path, capsys, monkeypatch):
   assert page.startswith('# a\n') and page.endswith(f'{results.END}\nb\n') and 'old' not in page
   assert '| sft | 2, ' in page and '- 3 minus 2: ' in page
   assert 'event_recall' in measured['stages']['1']['scores'] and 'event recall' in page.replace('_', ' ')
-  assert len(measured['stages']['3-dense']['losses']['nats']) == asked and f'({asked} answers, ' in page
+  assert len(measured['stages']['3-dense']['losses']['nats']) == judged != asked and f'({judged} answers, ' in page
   with pytest.raises(InputError, match='stage 1 was measured with another recipe'):
     other = dataclasses.replace(stages['1'], train=dataclasses.replace(stages['1'].train, seed=1))
-    ladder.main(tmp_path, stages | {'1': other}, CLIPS, quickstart.VOCAB)
+    ladder.main(tmp_path, stages | {'1': other}, CLIPS, MORE, quickstart.VOCAB)
 
 
 @pytest.mark.parametrize('name', recipe.STAGES)

@@ -58,6 +58,20 @@ def test_short_rows_on_a_gpu_are_not_for_its_kernels(monkeypatch):
   assert planning.chosen('adapted_swiglu', N=64, K=8) == 'gpu'
 
 
+def test_the_warmup_of_any_config_is_the_step_of_its_indexers():
+  config = load('configs/sft.py:tiny')
+  other = dataclasses.replace(config, model=dataclasses.replace(config.model, attention='warmup'),
+                              train=dataclasses.replace(config.train, freeze=('', '!layers/attn/indexer')))
+  found, expected = planning.traced(config, 'warmup'), planning.traced(other, 'train')
+  assert found.model_flops == expected.model_flops < planning.traced(config, 'train').model_flops
+  assert {path[-2].key for path, _ in jax.tree_util.tree_leaves_with_path(found.parts['parameters'][0])} == {'indexer'}
+  assert 'indexer_warmup_backward' in planning.implementations(found.trace.jaxpr.jaxpr, found.rules)
+  assert planning.described(config, 'warmup') == planning.described(config, 'train')
+  text = dataclasses.replace(config.model.text, indexer=dataclasses.replace(config.model.text.indexer, heads=0))
+  with pytest.raises(InputError, match="model.attention = 'warmup' needs an indexer; set model.text.indexer.heads"):
+    planning.traced(dataclasses.replace(config, model=dataclasses.replace(config.model, text=text)), 'warmup')
+
+
 def test_a_policy_step_needs_the_most_responses_of_a_row():
   config = load('configs/layouts.py:rl_v5p_4x4x8')
   assert config.data.samples == 16 and config.train.freeze == ('vision', 'projector')

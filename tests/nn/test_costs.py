@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from configs import keye_vl_2_30b_a3b, pretrain
 from keye_jax import jaxpr_costs, planning
-from keye_jax.config import DataConfig, LoraConfig, RunConfig, TrainConfig
+from keye_jax.config import ONLY_INDEXERS, DataConfig, LoraConfig, RunConfig, TrainConfig
 from keye_jax.nn import costs, counts
 from pallas_kernels.equation import parse
 from tests.nn import batches
@@ -45,7 +45,7 @@ def test_flops_of_a_training_step(attention, what):
 
 VARIANTS = {
     'all': {}, 'all, dense': dict(attention='dense', freeze=pretrain.INDEXERS_WAIT),
-    'indexers': dict(attention='warmup', freeze=pretrain.ONLY_INDEXERS),
+    'indexers': dict(attention='warmup', freeze=ONLY_INDEXERS),
     'projector': dict(attention='dense', freeze=pretrain.ONLY_PROJECTOR),
     'adapters': dict(lora=LoraConfig(targets=('layers/attn/*',)))}
 
