@@ -89,8 +89,10 @@ def fork(trunk: Sequence[Turn], branch: Sequence[Turn]) -> list[Turn]:
 
 
 def tokenize(trunk: Sequence[Turn], tokenizer: Tokenizer, branches: Sequence[Sequence[Turn]] = (), patch: int = 14,
-             merge: int = 2, source: str = '') -> Example:
+             merge: int = 2, source: str = '', in_place: bool = False) -> Example:
   """Turns with loaded media (images uint8 [h, w, 3], clips with frames_FHW3 and seconds_F) to a training sample.
+
+  in_place: the patches of clips take the memory of their frames, so that a long clip is there once.
 
   Weight 1 on every token of an assistant turn after its header, through `<|im_end|>\\n`; the targets are already
   shifted, inside each branch. Raises InputError for more than 255 branches or a fork that is not clear.
@@ -102,8 +104,9 @@ def tokenize(trunk: Sequence[Turn], tokenizer: Tokenizer, branches: Sequence[Seq
   if is_open and (False in heads or not all(branches)):
     raise InputError(f'{source}: some branches continue the user turn and some do not; begin all with "user" or none')
   vision: list[tuple] = []
-  lists = [_pieces(trunk, tokenizer, patch, merge, vision, end_open=is_open)]
-  lists += [_pieces(b, tokenizer, patch, merge, vision, start_open=is_open) for b in branches]
+  cut = _Cut(patch, merge, in_place)
+  lists = [_pieces(trunk, tokenizer, cut, vision, end_open=is_open)]
+  lists += [_pieces(b, tokenizer, cut, vision, start_open=is_open) for b in branches]
   return _assemble(lists, vision, source)
 
 
@@ -113,7 +116,7 @@ def prompt(trunk: Sequence[Turn], tokenizer: Tokenizer, think: bool = False, pat
 
   All weights are 0."""
   vision: list[tuple] = []
-  pieces = _pieces(trunk, tokenizer, patch, merge, vision)
+  pieces = _pieces(trunk, tokenizer, _Cut(patch, merge, False), vision)
   header = [tokenizer.id('<|im_start|>'), *tokenizer.encode('assistant\n')]
   if think:
     header += [tokenizer.id('<think>'), *tokenizer.encode('\n')]
@@ -157,7 +160,14 @@ def _merge_text(parts):
   return tuple(out)
 
 
-def _pieces(turns_, tokenizer, patch, merge, vision, start_open=False, end_open=False) -> list[_Piece]:
+class _Cut(NamedTuple):
+  """How media become patches."""
+  patch: int
+  merge: int
+  in_place: bool          # of clips; a picture's pixels may be read-only
+
+
+def _pieces(turns_, tokenizer, cut: _Cut, vision, start_open=False, end_open=False) -> list[_Piece]:
   """Tokens of some turns; patches of their media are appended to `vision`."""
   start, newline = tokenizer.id('<|im_start|>'), tokenizer.encode('\n')
   end = [tokenizer.id('<|im_end|>'), *newline]
@@ -174,25 +184,25 @@ def _pieces(turns_, tokenizer, patch, merge, vision, start_open=False, end_open=
       if kind == 'text':
         out.append(_Piece(tokenizer.encode(value, markup=answer), None, answer))
       elif kind == 'image':
-        out += _image(value, tokenizer, patch, merge, vision)
+        out += _image(value, tokenizer, cut, vision)
       else:
-        out += _video(value, tokenizer, patch, merge, vision)
+        out += _video(value, tokenizer, cut, vision)
     if not (end_open and i == len(turns_) - 1):
       out.append(_Piece(end, None, answer))
   return out
 
 
-def _image(image, tokenizer, patch, merge, vision):
-  grid = _grid(image, patch, merge)
-  vision.append(patchify(image[None], patch, merge))
+def _image(image, tokenizer, cut, vision):
+  grid = _grid(image, cut)
+  vision.append(patchify(image[None], cut.patch, cut.merge))
   pads = _Piece([tokenizer.id('<|image_pad|>')] * (grid[0] * grid[1]), grid, False)
   return [_Piece([tokenizer.id('<|vision_start|>')], None, False), pads,
           _Piece([tokenizer.id('<|vision_end|>')], None, False)]
 
 
-def _video(clip, tokenizer, patch, merge, vision):
-  frame, grid = tokenizer.id('<|frame|>'), _grid(clip.frames_FHW3[0], patch, merge)
-  vision.append(patchify(clip.frames_FHW3, patch, merge))
+def _video(clip, tokenizer, cut, vision):
+  frame, grid = tokenizer.id('<|frame|>'), _grid(clip.frames_FHW3[0], cut)
+  vision.append(patchify(clip.frames_FHW3, *cut))
   pads = _Piece([tokenizer.id('<|video_pad|>')] * (grid[0] * grid[1]), grid, False)
   out = [_Piece([tokenizer.id('<|vision_start|>')], None, False)]
   for seconds in clip.seconds_F:
@@ -200,8 +210,8 @@ def _video(clip, tokenizer, patch, merge, vision):
   return [*out, _Piece([tokenizer.id('<|vision_end|>')], None, False)]
 
 
-def _grid(image, patch, merge):
-  side, (height, width) = patch * merge, image.shape[:2]
+def _grid(image, cut):
+  side, (height, width) = cut.patch * cut.merge, image.shape[:2]
   if height % side or width % side or not height or not width:
     raise InputError(f'an image of {height}x{width} pixels is not a multiple of {side}; resize it with smart_resize')
   return height // side, width // side
@@ -237,6 +247,8 @@ def _assemble(lists: list[list[_Piece]], vision: list[tuple], source: str) -> Ex
 def _join_vision(vision):
   if not vision:
     return np.zeros((0, 0), np.uint8), np.zeros((0, 4), np.int32), np.zeros(0, np.int32)
+  if len(vision) == 1:
+    return vision[0]          # without a copy of what may be hundreds of megabytes
   frames, shift = [], 0
   for _, _, frame_P in vision:
     frames.append(frame_P + np.int32(shift))

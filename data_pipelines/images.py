@@ -58,22 +58,27 @@ def load_image(image: str | os.PathLike | bytes | np.ndarray, factor: int = 28, 
   return np.array(picture)
 
 
-def patchify(frames_FHW3: np.ndarray, patch: int = 14, merge: int = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def patchify(frames_FHW3: np.ndarray, patch: int = 14, merge: int = 2,
+             in_place: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Frames uint8 to patches in merge order: (patch_PC uint8, coord_P4 int32, frame_P int32).
 
   The merge x merge patches of one language token are neighbours, tokens in row-major order, patches row-major inside a
   token, frame after frame. A patch is flattened channel first (c, y, x). coord is (row, column, rows, columns) in its
-  frame, counted in patches; frames are numbered from 1. Raises InputError when a side is not a multiple of
-  patch * merge.
+  frame, counted in patches; frames are numbered from 1. in_place: the patches take the memory of the frames, which must
+  be writable and without gaps; a frame and its patches are equally large. Raises InputError when a side is not a
+  multiple of patch * merge.
   """
   frames, height, width, channels = frames_FHW3.shape
   side = patch * merge
   if height % side or width % side or channels != 3:
     raise InputError(f'frames of {height}x{width}x{channels}: need 3 channels and sides that are multiples of {side}')
   R, S = height // side, width // side
-  # [F, R, m, y, S, m, x, c] -> [F, R, S, m, m, c, y, x]
-  x = frames_FHW3.reshape(frames, R, merge, patch, S, merge, patch, 3).transpose(0, 1, 4, 2, 5, 7, 3, 6)
-  patch_PC = np.ascontiguousarray(x).reshape(-1, 3 * patch * patch)
+  out_FN = (frames_FHW3 if in_place else np.empty_like(frames_FHW3, order='C')).reshape(frames, -1)
+  for frame_HW3, out_N in zip(frames_FHW3, out_FN):
+    # [R, m, y, S, m, x, c] -> [R, S, m, m, c, y, x]
+    x = frame_HW3.reshape(R, merge, patch, S, merge, patch, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    out_N[:] = x.reshape(-1)           # a copy of one frame: it may lie where it goes
+  patch_PC = out_FN.reshape(-1, 3 * patch * patch)
   row, column = np.indices((R * merge, S * merge), np.int32).reshape(2, R, merge, S, merge).transpose(0, 1, 3, 2, 4)
   coord_N4 = np.stack([row.ravel(), column.ravel(), np.full(row.size, R * merge, np.int32),
                        np.full(row.size, S * merge, np.int32)], -1)

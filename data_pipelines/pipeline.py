@@ -102,7 +102,8 @@ def local_readers(load: 'Load', report: Callable[[str], None]) -> streams.Reader
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()           # grain hands absl's flags, of which we use none, on to its workers
     workers = -(-load.data.workers // max(sharing, 1))
-    return threaded(samples).mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=2))
+    one_by_one = samples.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    return one_by_one.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=2))
 
   if not load.data.workers:
     return streams.Readers(load, lambda samples, sharing: threaded(samples))
@@ -198,15 +199,16 @@ class Load:
     """The training sample of row i. Raises BadRow."""
     if (built := self.rows.sample(i)) is not None:
       return _grey(built) if self.data.grey else built
-    return self.read(i)[0]
+    return self.read(i, in_place=True)[0]
 
-  def read(self, i: int) -> tuple[Example, list[chat.Turn]]:
-    """The training sample of row i, and its turns with their media. Raises BadRow that names file and row."""
+  def read(self, i: int, in_place: bool = False) -> tuple[Example, list[chat.Turn]]:
+    """The training sample of row i, and its turns with their media. in_place: clips become patches where their frames
+    are, which are lost. Raises BadRow that names file and row."""
     args, where = (self.data, self.patch, self.merge), self.rows.where(i)
     try:
       row = self.rows[i]
       trunk, *branches = [load_media(turns, *args) for turns in (row.trunk, *row.branches)]
-      example = chat.tokenize(trunk, self.tokenizer, branches, self.patch, self.merge, row.source)
+      example = chat.tokenize(trunk, self.tokenizer, branches, self.patch, self.merge, row.source, in_place)
     except InputError as e:
       message = str(e) if str(e).startswith(where.rpartition(':')[0]) else f'{where}: {e}'
       raise sources.BadRow(getattr(e, 'reason', 'media'), message) from None

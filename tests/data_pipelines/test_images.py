@@ -113,6 +113,9 @@ def test_patchify_against_a_loop(patch, merge):
             at += 1
   assert at == len(patch_PC) == len(coord_P4) == len(frame_P)
   assert patch_PC.dtype == np.uint8 and coord_P4.dtype == frame_P.dtype == np.int32
+  again_PC, *_ = patchify(frames, patch, merge, in_place=True)
+  assert np.shares_memory(again_PC, frames)
+  np.testing.assert_array_equal(again_PC, patch_PC)
 
 
 def test_patchify_refuses_other_sizes():

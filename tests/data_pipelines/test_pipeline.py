@@ -2,6 +2,9 @@
 import dataclasses
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from data_pipelines import chat, mixture, pipeline, tokenizer
 from data_pipelines.errors import InputError
 from data_pipelines.frameforge import render
 from keye_jax.config import DataConfig
+from tests.data_pipelines import clips
 
 WORDS = 'red green blue one two three four five'.split()
 
@@ -270,3 +274,32 @@ def test_tokenizer_beside_the_file_is_found(path, tmp_path):
   assert pipeline.open_tokenizer(config(path)).size == tokenizer.load(path.parent).size
   with pytest.raises(InputError, match='no tokenizer.json'):
     pipeline.open_tokenizer(dataclasses.replace(config(path), tokenizer=str(tmp_path)))
+
+
+READ = """
+import dataclasses, json, sys
+from configs import keye_vl_2_30b_a3b
+from data_pipelines import pipeline
+from keye_jax.config import RunConfig, freeze
+data = freeze(RunConfig, keye_vl_2_30b_a3b.get_config()).data
+load = pipeline.Load(dataclasses.replace(data, path=sys.argv[1]), 14, 2, strict=True)
+example = load(0)
+peak = next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM'))
+print(json.dumps([int(example.frame_P[-1]), example.patch_PC.nbytes, int((example.vision_T >= 0).sum()), peak]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='memory is read from /proc')
+def test_two_hours_are_read_within_a_gigabyte(tmp_path):
+  """Of the published model's budgets: 2,880 frames of 60 tokens, once in memory however they are needed."""
+  clips.write(tmp_path / 'long.mp4', 3600, size=(180, 320), pts=np.arange(3600) * 2000, options={'preset': 'ultrafast'})
+  row = {'videos': ['long.mp4'], 'messages': [{'role': 'user', 'content': '<video>What?'},
+                                              {'role': 'assistant', 'content': 'Numbers.'}]}
+  (tmp_path / 'rows.jsonl').write_text(json.dumps(row) + '\n')
+  done = subprocess.run([sys.executable, '-c', READ, str(tmp_path / 'rows.jsonl')],
+                        capture_output=True, text=True)
+  assert not done.returncode, done.stderr[-2000:]
+  frames, size, tokens, kib = json.loads(done.stdout)
+  assert (frames, tokens, size) == (2880, 2880 * 60, 2880 * 168 * 280 * 3)
+  assert kib * 1024 < 1e9
