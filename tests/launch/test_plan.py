@@ -134,7 +134,7 @@ def test_a_small_run_is_planned(capfd):
   size = found['bytes']
   assert found['device'] == 'TPU v5' and found['mesh'] == {'data': 1, 'context': 2, 'expert': 2}
   assert found['ops'] == {'dsa_attention_backward_kl': 'tpu', 'dsa_attention_forward_kl': 'tpu',
-                          'routed_swiglu_backward': 'tpu', 'routed_swiglu_forward': 'tpu'}
+                          'indexer_recall': 'xla', 'routed_swiglu_backward': 'tpu', 'routed_swiglu_forward': 'tpu'}
   assert size['fits'] and size['temporaries'] > 0
   # a little more than the parts: step, key, and rows of lanes that are padded
   assert size['parameters'] + size['optimizer'] + size['batch'] < size['arguments'] < size['peak']
@@ -153,8 +153,8 @@ def test_a_small_policy_step_is_planned(capfd):
   found = json.loads(capfd.readouterr().out)
   size = found['bytes']
   assert (found['what'], found['layout']) == ('rl', 'train') and 'in 2 micro-batches' in found['batch']
-  assert set(found['ops']) == {'dsa_attention_backward_kl', 'dsa_attention_forward_kl', 'routed_swiglu_backward',
-                               'routed_swiglu_forward'}
+  assert set(found['ops']) == {'dsa_attention_backward_kl', 'dsa_attention_forward_kl', 'indexer_recall',
+                               'routed_swiglu_backward', 'routed_swiglu_forward'}
   assert size['fits'] and size['temporaries'] > 0
   # of 8 rows of 1,024 tokens a device has half of the rows and half of their tokens: beside what a supervised step
   # reads log-probabilities and whose token, 4 bytes each, and of half of the rows the advantages
@@ -171,6 +171,6 @@ def test_a_small_prefill_is_planned_for_gpus(capfd):
   assert cli.main([*WORDS, *words, '--json']) == 0
   found = json.loads(capfd.readouterr().out)
   assert found['device'] == 'NVIDIA H100 80GB HBM3' and found['mesh'] == {'data': 1, 'context': 2, 'expert': 2}
-  assert found['ops'] == {'dsa_attention_forward_kl': 'gpu', 'routed_swiglu_forward': 'gpu'}
+  assert found['ops'] == {'dsa_attention_forward_kl': 'gpu', 'indexer_recall': 'xla', 'routed_swiglu_forward': 'gpu'}
   assert found['bytes']['fits'] and found['bytes']['temporaries'] > 0 and found['largest'][0]['bytes'] > 0
   assert found['hbm_s_without_masked'] < found['hbm_s'] and found['sent_bytes']['expert'] > 0

@@ -72,7 +72,8 @@ def test_a_mesh_of_eight_accumulating_makes_the_step_of_one_device(rows):
       assert_close(a - at, b - at, what=str(path))
   jax.tree.map(np.testing.assert_array_equal, frozen8, frozen)
   assert metrics8.keys() == metrics.keys()
-  for name in metrics.keys() - {'expert_peak', 'ratio_min', 'ratio_max'}:            # statistics of each micro-batch
+  # Statistics of each micro-batch, and of queries that each device picks among its own.
+  for name in metrics.keys() - {'expert_peak', 'ratio_min', 'ratio_max', 'indexer_recall'}:
     (a, wa), (b, wb) = metrics8[name], metrics[name]
     assert_close(a / wa, b / wb, what=name)
 
