@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 from absl import flags
+from grain.python import SharedMemoryArray
 
-from data_pipelines import chat, images, mixture, packing, ray_readers, sources, streams, tokenizer, video
+from data_pipelines import chat, images, memory, mixture, packing, ray_readers, sources, streams, tokenizer, video
 from data_pipelines.errors import InputError
 from data_pipelines.schema import Batch, Example
 
@@ -103,11 +104,18 @@ def local_readers(load: 'Load', report: Callable[[str], None]) -> streams.Reader
       flags.FLAGS.mark_as_parsed()           # grain hands absl's flags, of which we use none, on to its workers
     workers = -(-load.data.workers // max(sharing, 1))
     one_by_one = samples.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    return one_by_one.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=2))
+    return one_by_one.map(_handed_over).mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=2))
 
   if not load.data.workers:
     return streams.Readers(load, lambda samples, sharing: threaded(samples))
   return streams.Readers(load, read, streams.kill_children)
+
+
+def _handed_over(sample: Example | Skip) -> Example | Skip:
+  """With its pixels where grain would copy them to."""
+  if isinstance(sample, Skip):
+    return sample
+  return sample._replace(patch_PC=memory.moved(sample.patch_PC, SharedMemoryArray))
 
 
 READERS = {'local': local_readers, 'ray': ray_readers.readers}
@@ -313,10 +321,12 @@ class Cache:
       return self._items.get(key)
 
   def put(self, key: int, example: Example) -> None:
+    """Keeps it, and makes its pixels read-only, unless it is larger than all that may be kept."""
     size = sum(a.nbytes for a in example if isinstance(a, np.ndarray))
     with self._lock:
       if size > self._limit or key in self._items:
         return
+      example.patch_PC.flags.writeable = False
       self._items[key], self._used = example, self._used + size
       while self._used > self._limit:
         _, old = self._items.popitem(last=False)

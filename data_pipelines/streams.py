@@ -150,8 +150,8 @@ class Stream:
       except WorkerDied as e:
         if restart == RESTARTS:
           raise InputError(f'data stream {self._name}: its workers died {restart + 1} times in a row without a batch '
-                           f'in between ({e}); look for what kills them (memory: lower data.workers, data.cache_mb or '
-                           'data.max_pixels), or read without them: data.workers=0') from None
+                           f'in between ({e}); look for what kills them (memory, /dev/shm: lower data.workers, '
+                           'data.cache_mb or data.max_pixels), or read without them: data.workers=0') from None
         self._reading.report(f'data stream {self._name}: {e}; started again behind the last batch')
         self._restart(self._position)
     self.sources = [where for where, _ in taken]

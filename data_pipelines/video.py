@@ -13,7 +13,7 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
-from data_pipelines import containers
+from data_pipelines import containers, memory
 from data_pipelines.errors import InputError
 from data_pipelines.images import smart_resize
 
@@ -113,7 +113,7 @@ def load_video(path: str | os.PathLike, data, factor: int = 28) -> Clip:
       except (av.FFmpegError, ValueError) as e:       # a pixel format without a conversion, an extreme shape
         raise InputError(f'{path}: {e}') from None
       if frames_FHW3 is None:
-        frames_FHW3 = np.empty((len(index_F), *size, 3), np.uint8)
+        frames_FHW3 = memory.pages((len(index_F), *size, 3))
       if pixels.shape[:2] != frames_FHW3.shape[1:3]:
         pixels = Image.fromarray(pixels).resize(frames_FHW3.shape[2:0:-1], Image.Resampling.BICUBIC)
       frames_FHW3[i] = pixels

@@ -236,6 +236,25 @@ def test_workers_change_neither_order_nor_resume(path):
   it.close()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('cache_mb', [0, 8])
+def test_clips_of_workers_are_the_same_in_every_epoch(path, tmp_path, cache_mb):
+  """They are handed over where they lie, but not what the cache keeps."""
+  lines = []
+  for i in range(3):
+    clips.write(tmp_path / f'{i}.mp4', 12 + 4 * i, size=(56, 56))
+    lines.append(json.dumps({'videos': [f'{i}.mp4'], 'messages': [{'role': 'user', 'content': '<video>red?'},
+                                                                  {'role': 'assistant', 'content': WORDS[i]}]}))
+  (tmp_path / 'd.jsonl').write_text('\n'.join(lines) + '\n')
+  data = config(tmp_path / 'd.jsonl', tokenizer=str(path.parent), vision_patches=96, frame_tokens_min=4,
+                frame_tokens_max=4, cache_mb=cache_mb)
+  expected = take(pipeline.train_batches(data, 1, seed=2), 40)
+  assert sum(int((batch.vision_BT >= 0).sum()) for batch in expected) > 100
+  it = pipeline.train_batches(dataclasses.replace(data, workers=1), 1, seed=2)
+  assert_same(take(it, 40), expected)
+  it.close()
+
+
 def test_fingerprints_follow_the_contents_only(path, tmp_path):
   base = pipeline.fingerprints(config(path))
   assert pipeline.fingerprints(config(path, cache_mb=5, workers=2)) == base
@@ -277,27 +296,43 @@ def test_tokenizer_beside_the_file_is_found(path, tmp_path):
 
 
 READ = """
-import dataclasses, json, sys
+import dataclasses, json, multiprocessing, sys
 from configs import keye_vl_2_30b_a3b
 from data_pipelines import pipeline
 from keye_jax.config import RunConfig, freeze
+
+def peak(process):
+  return next(int(line.split()[1]) for line in open(f'/proc/{process}/status') if line.startswith('VmHWM'))
+
 data = freeze(RunConfig, keye_vl_2_30b_a3b.get_config()).data
-load = pipeline.Load(dataclasses.replace(data, path=sys.argv[1]), 14, 2, strict=True)
-example = load(0)
-peak = next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM'))
-print(json.dumps([int(example.frame_P[-1]), example.patch_PC.nbytes, int((example.vision_T >= 0).sum()), peak]))
+data = dataclasses.replace(data, path=sys.argv[1], vision_rows=9)
+if sys.argv[2] == 'here':
+  example = pipeline.Load(data, 14, 2, strict=True)(0)
+  frames, size, tokens = int(example.frame_P[-1]), example.patch_PC.nbytes, (example.vision_T >= 0).sum()
+  processes = ['self']
+else:
+  batches = pipeline.train_batches(dataclasses.replace(data, workers=1), 1, 0)
+  batch = next(batches)
+  held = batch.frame_BRN > 0
+  frames = len(set(zip(*held.nonzero()[:2], batch.frame_BRN[held])))       # numbers are those of a vision row
+  size, tokens = held.sum() * batch.patch_BRNC.shape[-1], (batch.vision_BT >= 0).sum()
+  processes = [child.pid for child in multiprocessing.active_children()]
+print(json.dumps([int(n) for n in (frames, size, tokens, *map(peak, processes))]))
+if sys.argv[2] != 'here':
+  batches.close()
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='memory is read from /proc')
-def test_two_hours_are_read_within_a_gigabyte(tmp_path):
+@pytest.mark.parametrize('where', ['here', 'in a worker'])
+def test_two_hours_are_read_within_a_gigabyte(where, tmp_path):
   """Of the published model's budgets: 2,880 frames of 60 tokens, once in memory however they are needed."""
   clips.write(tmp_path / 'long.mp4', 3600, size=(180, 320), pts=np.arange(3600) * 2000, options={'preset': 'ultrafast'})
   row = {'videos': ['long.mp4'], 'messages': [{'role': 'user', 'content': '<video>What?'},
                                               {'role': 'assistant', 'content': 'Numbers.'}]}
   (tmp_path / 'rows.jsonl').write_text(json.dumps(row) + '\n')
-  done = subprocess.run([sys.executable, '-c', READ, str(tmp_path / 'rows.jsonl')],
+  done = subprocess.run([sys.executable, '-c', READ, str(tmp_path / 'rows.jsonl'), where],
                         capture_output=True, text=True)
   assert not done.returncode, done.stderr[-2000:]
   frames, size, tokens, kib = json.loads(done.stdout)
