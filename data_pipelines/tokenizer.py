@@ -35,9 +35,9 @@ CONTROL = frozenset((
 
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
               r'|\s+(?!\S)|\s+')
-# Small vocabularies keep a number such as 12.5 in one piece, and without the space before it, so that a timestamp
-# in a prompt and the same time in an answer are the same token.
-SMALL_SPLIT = r'\p{N}+(?:\.\p{N}+)?| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+'
+# Small vocabularies keep a number such as 12.5 in one piece with the space before it: of "7 2.0 - 3.5" the first time
+# is predicted at the digit that it belongs to, not at a space behind it (docs/main_job.md).
+SMALL_SPLIT = r' ?\p{N}+(?:\.\p{N}+)?| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+'
 
 TEMPLATE = """\
 {%- for message in messages %}

@@ -120,8 +120,8 @@ def protocol(config: ModelConfig, data: DataConfig, found: Answered) -> dict[str
               f'at most {data.video_tokens} a clip',
     'attention': config.attention + sparse,
     'decoding': f'greedy, {found.seconds:.1f} s in all',
-    'extractor': 'short answers: exact match without surrounding white space; intervals: "a - b" in seconds, else the '
-                 'first two numbers, else 0',
+    'extractor': 'short answers: exact match without surrounding white space, of one that begins with reasons what '
+                 'stands behind the last colon; intervals: "a - b" in seconds, else the first two numbers, else 0',
   }
 
 

@@ -67,7 +67,6 @@ def main(out: pathlib.Path, stages: dict[str, RunConfig], clips: dict[str, int],
   clock, data, measured = Clock(), out / 'data', Measured(out / 'scores.json', stages, clips)
   with clock.stage('Build clips, pictures and transcripts with exact answers'):
     build(data, clips, vocab)
-    transcript.write(data)
     captions.write(data)
   if not measured.content['baselines']:
     asked = questions.texts(str(data / 'heldout.jsonl'))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from data_pipelines import frameforge, sources, tokenizer
+from data_pipelines.frameforge import transcript
 from keye_jax import loop
 from keye_jax.config import RunConfig
 
@@ -35,10 +36,13 @@ class Clock:
 
 
 def build(data: pathlib.Path, clips: dict[str, int], vocab: int) -> dict[str, Any]:
-  """FrameForge's clips and pictures in `data`, and a tokenizer of the training text. What is there stays."""
+  """FrameForge's clips, their transcripts and pictures in `data`, and a tokenizer of the training text. What is there
+  stays."""
   made = frameforge.build(data, **clips)
+  transcript.write(data)
   if not (data / 'tokenizer.json').is_file():
-    tokenizer.train_bpe(sources.texts(data / 'train.jsonl'), vocab).save(data)
+    # Of transcripts: they have times as they stand before a frame, too, without a space.
+    tokenizer.train_bpe(sources.texts(data / 'text.jsonl'), vocab).save(data)
   for split in ('train', 'heldout'):
     asked = ', '.join(f'{n} {kind}' for kind, n in made[split]['questions'].items())
     print(f'   {split}: {made[split]["rows"]} clips; questions: {asked}')

@@ -13,7 +13,7 @@ from PIL import Image
 from data_pipelines.errors import InputError
 from data_pipelines.frameforge import render, script
 
-FORM = 5                 # of the dataset: counted up when the same arguments make other clips
+FORM = 6                 # of the dataset: counted up when the same arguments make other clips
 CHUNK = 50               # clips or pictures of one task for a worker process
 # The first number of a clip's random seed keeps the streams of the files apart.
 KINDS = {'train': 0, 'heldout': 1, 'images': 2, 'heldout_images': 3}
@@ -116,7 +116,7 @@ def _clip(split, i, rng, side, fps, folder) -> dict:
   asked = plot.questions
   return {
       'id': f'{split}-{i:05d}', 'videos': [name], 'messages': [{'role': 'user', 'content': '<video>'}],
-      'branches': [[{'role': 'user', 'content': q.text}, {'role': 'assistant', 'content': q.answer}] for q in asked],
+      'branches': [[{'role': 'user', 'content': q.text}, {'role': 'assistant', 'content': q.message}] for q in asked],
       'type': [q.type for q in asked], 'answer': [q.answer for q in asked], 'interval': [q.interval for q in asked],
       'others': [list(q.others) for q in asked], 'seconds': plot.length * script.HALF, 'background': background,
       'events': {'digit': [e.digit for e in plot.events], 'interval': [e.interval for e in plot.events]}}

@@ -32,6 +32,11 @@ class Question(NamedTuple):
   answer: str                  # of ground: what is asked about, then its interval, "7 2.0 - 3.5"
   interval: list[float] | None = None      # seconds, of the asked event; only for ground
   others: tuple[list[float], ...] = ()     # of the clip's other events; only for ground
+  reasons: str = ''            # said before the answer
+
+  @property
+  def message(self) -> str:
+    return f'{self.reasons}: {self.answer}' if self.reasons else self.answer
 
 
 class Script(NamedTuple):
@@ -145,8 +150,9 @@ def said(digit: int, interval) -> str:
 
 
 def _order(a: Event, b: Event) -> Question:
+  reasons = ', '.join(f'{e.digit} {e.start * HALF:.1f}' for e in (a, b))
   return Question('order', f'Does {a.digit} appear before or after {b.digit}?',
-                  'before' if a.start < b.start else 'after')
+                  'before' if a.start < b.start else 'after', reasons=reasons)
 
 
 def _shuffled(rng, length, events, questions) -> Script:

@@ -15,7 +15,7 @@ import numpy as np
 from data_pipelines import packing, pipeline, sources
 from data_pipelines.errors import InputError
 from data_pipelines.schema import Batch, Example
-from keye_jax.evals.scores import Question
+from keye_jax.evals.scores import Question, verdict
 
 
 class Asked(NamedTuple):
@@ -136,5 +136,5 @@ def question(row: sources.Row, branch: int) -> Question:
   if interval and not interval[0] < interval[1]:
     raise InputError(f'{row.source}: the interval {list(interval)} has no length')
   clip = str(row.extra.get('clip', row.extra.get('id', row.source)))
-  return Question(clip, own['type'] or 'answer', re.sub(r'\s+', ' ', text('user')), text('assistant'), interval, others,
-                  seconds)
+  return Question(clip, own['type'] or 'answer', re.sub(r'\s+', ' ', text('user')), verdict(text('assistant')),
+                  interval, others, seconds)

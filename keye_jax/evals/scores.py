@@ -12,7 +12,7 @@ class Question(NamedTuple):
   clip: str                     # questions of one clip are not independent: intervals are resampled by clip
   type: str                     # 'digit', 'count', 'order', 'when', ...
   text: str
-  expected: str
+  expected: str                 # without reasons, see `verdict`
   interval: Interval | None = None     # of the asked event, in seconds: scored by IoU, not by exact match
   others: tuple[Interval, ...] = ()    # the other events of the clip
   seconds: float = 0.0                 # duration of the clip
@@ -25,9 +25,14 @@ class Score(NamedTuple):
   n: int
 
 
+def verdict(text: str) -> str:
+  """An answer without the reasons it may begin with, "7 2.0, 3 4.5: before": what stands behind its last colon."""
+  return text.rpartition(': ')[2].strip()
+
+
 def is_right(question: Question, answer: str) -> bool:
-  """Exact match but for surrounding white space."""
-  return answer.strip() == question.expected
+  """Exact match but for reasons and surrounding white space."""
+  return verdict(answer) == question.expected
 
 
 def points(question: Question, answer: str) -> float:

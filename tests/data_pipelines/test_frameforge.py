@@ -205,7 +205,14 @@ def test_rows(folder):
     assert row['messages'] == [{'role': 'user', 'content': '<video>'}]
     for (question, answer), kind, text, interval, others in zip(row['branches'], row['type'], row['answer'],
                                                                 row['interval'], row['others']):
-      assert question['role'] == 'user' and answer == {'role': 'assistant', 'content': text}
+      assert question['role'] == 'user' and answer['role'] == 'assistant'
+      if kind == 'order':          # both begin when the answer says, and that decides
+        asked = re.findall(r'\d+', question['content'])
+        begun = {str(d): interval[0] for d, interval in zip(row['events']['digit'], row['events']['interval'])}
+        assert answer['content'] == ', '.join(f'{d} {begun[d]:.1f}' for d in asked) + f': {text}'
+        assert text == ('before' if begun[asked[0]] < begun[asked[1]] else 'after')
+      else:
+        assert answer['content'] == text
       assert (interval is not None) == bool(others) == (kind == 'ground')
   shown = {name: {row['background'] for row in rows(folder, name)} for name in ('images', 'heldout_images')}
   assert not shown['images'] & shown['heldout_images']

@@ -87,6 +87,13 @@ def test_a_row_with_bad_extras_is_named(tmp_path, data, change, message):
     questions.texts(str(path))
 
 
+def test_reasons_are_not_expected(tmp_path):
+  asked = ask([('user', 'Does 7 appear before or after 3?'), ('assistant', '7 2.0, 3 4.5: before')])
+  (tmp_path / 'rows.jsonl').write_text(json.dumps({'messages': asked}))
+  found, = questions.texts(str(tmp_path / 'rows.jsonl'))
+  assert found.expected == 'before'
+
+
 def test_a_question_without_an_answer_is_refused(tmp_path, data):
   row = ROWS[0] | {'branches': [ROWS[0]['branches'][0], ask([('user', 'When?')])]}
   (tmp_path / 'rows.jsonl').write_text(json.dumps(row))

@@ -27,6 +27,13 @@ def test_scores_by_hand():
     assert 0 <= s.low <= s.value <= s.high <= 1
 
 
+@pytest.mark.parametrize('answer, right', [
+    ('7 2.0, 3 4.5: before', True), ('before', True), (' 7 2.0: 3 4.5: before\n', True), ('7 2.0, 3 4.5: after', False),
+    ('before: after', False), ('before, 7 2.0', False), ('before:', False), ('7 2.0, 3 4.5: ', False)])
+def test_what_stands_behind_reasons_counts(answer, right):
+  assert scores.is_right(Question('a', 'order', 'before or after?', 'before'), answer) == right
+
+
 def test_an_answer_that_cannot_be_read_earns_nothing():
   got = scores.score(ASKED, ['', 'seven', 'two', '', 'no idea', '5'])
   assert {name: s.value for name, s in got.items()} == dict.fromkeys(got, 0.0)
