@@ -67,17 +67,18 @@ def stage(name: str, runs: str = RUNS) -> RunConfig:
 
   match name:
     case 'text':
-      return run(data=dict(path=f'{runs}/data/text.jsonl', tokens=176, vision_rows=0, vision_patches=0), steps=450,
+      return run(data=dict(path=f'{runs}/data/text.jsonl', tokens=176, vision_rows=0, vision_patches=0), steps=400,
                  freeze=('vision', 'projector'))
     case 'images':
       return run('text', data=dict(path=f'{runs}/data/images.jsonl'), optimizer=dict(final_fraction=0.3), steps=160,
                  freeze=('', '!projector', '!vision'))
     case 'video':
-      return run('images', steps=400)
+      return run('images', steps=360)
     case 'indexer':
-      return run('video', 'warmup', optimizer=dict(learning_rate=3e-4, final_fraction=1.0), steps=40)
+      return run('video', 'warmup', optimizer=dict(learning_rate=3e-4, indexer_learning_rate=2e-2, final_fraction=1.0),
+                 steps=60)
     case 'sparse':
-      return run('indexer', 'sparse', optimizer=dict(learning_rate=1e-3), steps=60)
+      return run('indexer', 'sparse', optimizer=dict(learning_rate=1e-3), steps=80)
     case 'blind':
       return run('text', data=dict(grey=True), steps=40)
   raise ValueError(f'configs/quickstart.py has no variant {name!r}; there are {", ".join(STAGES)}')

@@ -41,10 +41,11 @@ def curves(out: pathlib.Path):
   line = lambda names, key: [
     (at + r['step'], r[key]) for name, at in zip(names, offsets(records, names)) for r in records[name] if key in r]
   main = [name for name in recipe.STAGES if name != 'blind']
-  marks = [(at, name) for name, at in zip(main, offsets(records, main))]
+  begun = dict(zip(main, offsets(records, main)))
+  marks = [(at, name) for name, at in begun.items()]
   as_line = lambda label, points: Line(label, [x for x, _ in points], [y for _, y in points])
   chart = lambda title, key: (title, 'step', [as_line('trained', line(main, key)), as_line(
-    'blind', [(x + marks[1][0], y) for x, y in line(['blind'], key)])], marks)
+    'blind', [(x + begun['video'], y) for x, y in line(['blind'], key)])], marks)
   kl = line(main, 'indexer_kl')
   return [chart('Loss of the answers’ tokens (nats)', 'loss'), chart('Share of the answers’ tokens right', 'accuracy'),
           ('Indexer: KL to the attention it imitates (nats)', 'step', [as_line('indexer', kl)],

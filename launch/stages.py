@@ -41,8 +41,7 @@ def build(data: pathlib.Path, clips: dict[str, int], vocab: int) -> dict[str, An
   made = frameforge.build(data, **clips)
   transcript.write(data)
   if not (data / 'tokenizer.json').is_file():
-    # Of transcripts: they have times as they stand before a frame, too, without a space.
-    tokenizer.train_bpe(sources.texts(data / 'text.jsonl'), vocab).save(data)
+    tokenizer.train_bpe(sources.texts(data / 'train.jsonl'), vocab).save(data)
   for split in ('train', 'heldout'):
     asked = ', '.join(f'{n} {kind}' for kind, n in made[split]['questions'].items())
     print(f'   {split}: {made[split]["rows"]} clips; questions: {asked}')

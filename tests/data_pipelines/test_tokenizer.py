@@ -14,8 +14,7 @@ TEXTS = ['Hello world', '你好，世界！这是一个视频。', '😀👨‍�
 
 @pytest.fixture(scope='module')
 def small():
-  times = [f'{i / 2:.1f}' for i in range(16)]
-  return tokenizer.train_bpe(['The digit 3 is visible from 3.5 to 4.0 seconds.', *times] * 4, 512)
+  return tokenizer.train_bpe(['The digit 3 is visible from 3.5 to 4.0 seconds.'] * 4, 512)
 
 
 @pytest.mark.parametrize('text', TEXTS)
@@ -56,7 +55,7 @@ def test_small_vocabulary_round_trips_any_text(small, text):
 def test_small_vocabulary_keeps_words_and_numbers_whole(small):
   pieces = [small.decode([i]) for i in small.encode('The digit 3 is visible from 3.5 to 4.0.')]
   assert pieces == ['The', ' digit', ' 3', ' is', ' visible', ' from', ' 3.5', ' to', ' 4.0', '.']
-  assert [small.decode([i]) for i in small.encode('3.5')] == ['3.5']
+  assert len(small.encode('3.5')) == len(small.encode(' 4.0')) == 1
   assert len(small.encode('assistant\n')) == 2
   assert [small.id(t) for t in tokenizer.SPECIALS] == list(range(small.size - len(tokenizer.SPECIALS), small.size))
   assert small.size <= 512
