@@ -1,9 +1,9 @@
 """`keye evaluate`: a model's answers to the questions of a file, scored beside trivial baselines.
 
 Greedy decoding, the questions of a clip sharing one reading of it. Of a run of the stage vit: how often the pictures of
-the file find their captions. Rows as in data_pipelines/sources.py; besides, a row
-may carry "type" (what to score together), "interval" and "others" (seconds of the asked event and of the clip's other
-events; scored by temporal IoU), "seconds" (duration) and "clip".
+the file find their captions. Rows as in data_pipelines/sources.py; besides, a row may carry "type" (what to score
+together), "answer" (what counts of a message that gives reasons before it), "interval" and "others" (seconds of the
+asked event and of the clip's other events; scored by temporal IoU), "seconds" (duration) and "clip".
 """
 import argparse
 import dataclasses

@@ -115,11 +115,12 @@ def _group(rows: Sequence[Asked], size: int, tokens: int, vision_patches: int, m
 def question(row: sources.Row, branch: int) -> Question:
   """What branch `branch` of a row asks (0 when the row does not fork).
 
-  In a row that forks, "type", "interval" and "others" are lists with an item for each branch."""
+  In a row that forks, "type", "answer", "interval" and "others" are lists with an item for each branch. "answer": what
+  counts of a message that gives reasons before it, "7 2.0, 3 4.5: before"."""
   turns = row.branches[branch] if row.branches else row.trunk
   text = lambda role: next((''.join(v for kind, v in t.parts if kind == 'text') for t in reversed(turns)
                             if t.role == role), '').strip()
-  own = {key: row.extra.get(key) for key in ('type', 'interval', 'others')}
+  own = {key: row.extra.get(key) for key in ('type', 'answer', 'interval', 'others')}
   if row.branches:
     for key, value in own.items():
       if value is not None and (not isinstance(value, list) or len(value) != len(row.branches)):
@@ -136,5 +137,6 @@ def question(row: sources.Row, branch: int) -> Question:
   if interval and not interval[0] < interval[1]:
     raise InputError(f'{row.source}: the interval {list(interval)} has no length')
   clip = str(row.extra.get('clip', row.extra.get('id', row.source)))
-  return Question(clip, own['type'] or 'answer', re.sub(r'\s+', ' ', text('user')), verdict(text('assistant')),
-                  interval, others, seconds)
+  message = text('assistant')
+  expected = own['answer'] if verdict(message) == own['answer'] else message
+  return Question(clip, own['type'] or 'answer', re.sub(r'\s+', ' ', text('user')), expected, interval, others, seconds)

@@ -12,7 +12,7 @@ class Question(NamedTuple):
   clip: str                     # questions of one clip are not independent: intervals are resampled by clip
   type: str                     # 'digit', 'count', 'order', 'when', ...
   text: str
-  expected: str                 # without reasons, see `verdict`
+  expected: str                 # without the reasons that the message may begin with
   interval: Interval | None = None     # of the asked event, in seconds: scored by IoU, not by exact match
   others: tuple[Interval, ...] = ()    # the other events of the clip
   seconds: float = 0.0                 # duration of the clip
@@ -31,8 +31,8 @@ def verdict(text: str) -> str:
 
 
 def is_right(question: Question, answer: str) -> bool:
-  """Exact match but for reasons and surrounding white space."""
-  return verdict(answer) == question.expected
+  """Exact match but for surrounding white space and for reasons before it."""
+  return question.expected in (answer.strip(), verdict(answer))
 
 
 def points(question: Question, answer: str) -> float:

@@ -87,11 +87,15 @@ def test_a_row_with_bad_extras_is_named(tmp_path, data, change, message):
     questions.texts(str(path))
 
 
-def test_reasons_are_not_expected(tmp_path):
-  asked = ask([('user', 'Does 7 appear before or after 3?'), ('assistant', '7 2.0, 3 4.5: before')])
-  (tmp_path / 'rows.jsonl').write_text(json.dumps({'messages': asked}))
+@pytest.mark.parametrize('message, row, expected', [
+    ('7 2.0, 3 4.5: before', {'answer': 'before'}, 'before'), ('before', {'answer': 'before'}, 'before'),
+    ('7 2.0, 3 4.5: before', {}, '7 2.0, 3 4.5: before'),
+    ('0.0 - 4.0: One.\n5.0 - 9.0: Two.', {'answer': 2}, '0.0 - 4.0: One.\n5.0 - 9.0: Two.')])
+def test_reasons_are_left_out_where_the_row_says_what_the_answer_is(message, row, expected, tmp_path):
+  asked = ask([('user', 'Does 7 appear before or after 3?'), ('assistant', message)])
+  (tmp_path / 'rows.jsonl').write_text(json.dumps({'messages': asked} | row))
   found, = questions.texts(str(tmp_path / 'rows.jsonl'))
-  assert found.expected == 'before'
+  assert found.expected == expected
 
 
 def test_a_question_without_an_answer_is_refused(tmp_path, data):

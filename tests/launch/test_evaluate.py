@@ -30,7 +30,7 @@ def folder(tmp_path_factory) -> str:
   config = ModelConfig(text=TextConfig(layers=2, embed=32, heads=2, kv_heads=1, head_dim=16, vocab=320, ffn=32,
                                        mrope_section=(2, 3, 3), indexer=IndexerConfig(heads=2, head_dim=16, topk=6)),
                        attention='sparse')
-  params = keye.init(config, jax.random.key(3))
+  params = keye.init(config, jax.random.key(7))
   writer.export(str(root / 'model'), config, params, words, 'keye', DataConfig(), dtype='float32')
   (root / 'rows.jsonl').write_text('\n'.join(map(json.dumps, ROWS)))
   return str(root)
