@@ -67,13 +67,13 @@ def stage(name: str, runs: str = RUNS) -> RunConfig:
 
   match name:
     case 'text':
-      return run(data=dict(path=f'{runs}/data/text.jsonl', tokens=176, vision_rows=0, vision_patches=0), steps=400,
+      return run(data=dict(path=f'{runs}/data/text.jsonl', tokens=176, vision_rows=0, vision_patches=0), steps=340,
                  freeze=('vision', 'projector'))
     case 'images':
       return run('text', data=dict(path=f'{runs}/data/images.jsonl'), optimizer=dict(final_fraction=0.3), steps=160,
                  freeze=('', '!projector', '!vision'))
     case 'video':
-      return run('images', steps=360)
+      return run('images', steps=320)
     case 'indexer':
       return run('video', 'warmup', optimizer=dict(learning_rate=3e-4, indexer_learning_rate=2e-2, final_fraction=1.0),
                  steps=60)
