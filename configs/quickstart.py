@@ -12,8 +12,8 @@ also train by itself once the data lie in runs/quickstart/data:
 
 What takes long is the match of a digit that is asked about and one that is shown (docs/main_job.md). It is learnt on
 transcripts, whose steps are cheap, and pictures then have to be told in the terms of a language model that knows it.
-Training clips ask for all events as well, and Muon learns it; without either it had not by the end. A row holds one
-clip with all its questions. Stages share the shape of a batch and with it the compiled program where they can.
+Training clips ask for all events as well, and the optimizer is Muon: both bring the match forward. A row holds one clip
+with all its questions. Stages share the shape of a batch and with it the compiled program where they can.
 """
 import dataclasses
 

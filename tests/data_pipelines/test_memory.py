@@ -35,7 +35,7 @@ def test_memory_is_given_back():
 
   memory.moved(array, empty)
   assert met == [((2 * memory.STEP + 5,), np.uint8)]
-  assert not array.any()       
+  assert not array.any()
 
 
 @pytest.mark.parametrize('of', [
