@@ -70,12 +70,13 @@ class Pool:
     now = self._round
     for _ in range(TRIES):
       actor, where = self._take(now)
-      sample = actor.load.remote(i)
+      done, sample = actor.load.options(num_returns=2).remote(i)
       try:
-        self._ray.wait([sample], fetch_local=False)
+        self._ray.get(done)                          # an actor that died over the row takes no other
         self._put(actor)                             # it can go on while the sample travels
         return self._ray.get(sample)
       except self._ray.exceptions.RayTaskError as e:
+        self._put(actor)
         raise e.cause from None
       except self._ray.exceptions.RayError as e:
         died = e
@@ -189,8 +190,9 @@ class Reader:
   def where(self) -> str:
     return f'process {os.getpid()} on {socket.gethostname()}'
 
-  def load(self, i: int) -> Any:
-    return self._load(i)
+  def load(self, i: int) -> tuple[None, Any]:
+    """(when it is done, the sample): two objects, so that one can wait for the sample without fetching it."""
+    return None, self._load(i)
 
 
 def connect(count: int) -> Any:

@@ -143,8 +143,10 @@ def test_an_actor_that_is_killed_is_replaced_and_changes_no_batch(ray, path, cap
 
 
 @pytest.mark.ray
-def test_a_row_under_way_in_an_actor_that_is_killed_is_read_again(pool):
+def test_a_row_under_way_in_an_actor_that_is_killed_is_read_again(pool, monkeypatch):
   made, job, said = pool
+  put = made.load._put
+  monkeypatch.setattr(made.load, '_put', lambda actor: (put(actor), time.sleep(0.5)))    # others take it first
   it, got = made.read(grain.MapDataset.range(5).map(made.load), 1), []
   reading = threading.Thread(target=lambda: got.extend(it), daemon=True)
   reading.start()
