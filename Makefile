@@ -1,6 +1,6 @@
 # make quickstart   installs into .venv and runs the main job: data, training, evaluation, an answer, an export
 # make test         installs into .venv and runs the tests (slow ones: make test PYTEST='-m slow')
-# make ladder       installs into .venv and runs every stage of training small, in some 30 minutes; run again to go on
+# make ladder       installs into .venv and runs every stage of training small, in some 40 minutes; run again to go on
 # make lint
 # VENV= chooses another environment, PYTHON= another interpreter, ARGS= goes to `keye quickstart` and `keye ladder`.
 VENV ?= .venv

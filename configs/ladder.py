@@ -7,7 +7,7 @@
     blind                                a control: stage 1 with grey frames, what can be had from the questions alone
 
 What a stage trains, freezes and reads is what those files say. Sizes, row shapes and optimizer are those that have
-learnt these clips (configs/quickstart.py, docs/main_job.md); numbers of steps and rates are ours, for half an hour.
+learnt these clips (configs/quickstart.py, docs/main_job.md); numbers of steps and rates are ours, for some 40 minutes.
 """
 import dataclasses
 
@@ -22,7 +22,7 @@ MORE_CLIPS = dict(n_train=0, n_heldout=3000, n_images=0, seed=1)
 # stage -> (what it starts from, steps, learning rate; in 3-warmup the indexers', which alone learn there)
 STAGES = {
     'vit': ('', 500, 5e-3), 'text': ('vit', 500, 5e-3), '0-random-lm': ('vit', 250, 5e-3), '0': ('text', 250, 5e-3),
-    'blind': ('text', 150, 5e-3), '1': ('0', 500, 5e-3), '2': ('1', 500, 3e-3), '3-warmup': ('2', 100, 2e-2),
+    'blind': ('text', 150, 5e-3), '1': ('0', 1500, 5e-3), '2': ('1', 1000, 3e-3), '3-warmup': ('2', 100, 2e-2),
     '3': ('3-warmup', 250, 1e-3), '3-dense': ('3-warmup', 250, 1e-3), 'sft': ('3', 250, 1e-3)}
 CONTROLS = {'0-random-lm': '0', 'blind': '1', '3-dense': '3'}      # control -> the stage it is a variant of
 TOWER = TextConfig(layers=1, embed=64, heads=4, kv_heads=4, head_dim=16, vocab=quickstart.VOCAB, ffn=128,
