@@ -30,6 +30,13 @@ def dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
 
 
+def inner(a: jax.Array, b: jax.Array) -> jax.Array:
+  """[..., N, K], [..., N, S] -> float32 [..., K, S], the sum over N: from a transposed copy of `a` and never the other
+  way round, which on a CPU takes 0.6 to 0.8 of the time that XLA's own choice takes."""
+  as_is = jax.lax.optimization_barrier
+  return as_is(dot('...KN,...NS->...KS', as_is(a.swapaxes(-1, -2)), b))
+
+
 def stack_heads(x_BTHK: jax.Array, G: int) -> jax.Array:
   """[B, T, H, ...] -> [B, G, R * T, ...]."""
   B, T, H, *rest = x_BTHK.shape
@@ -170,6 +177,7 @@ def probabilities(q_GNK, k_GSK, lse_GN, bias_TS, scale) -> jax.Array:
 def gradients(q_GNK, k_GSK, v_GSK, lse_GN, delta_GN, do_GNK, bias_TS, scale):
   """(probabilities p_GNS, dq_GNK, dk_GSK, dv_GSK) of one tile, float32. delta is the sum of do * o over K."""
   p_GNS = probabilities(q_GNK, k_GSK, lse_GN, bias_TS, scale)
-  dv_GSK = dot('GNS,GNK->GSK', p_GNS, do_GNK)
+  dv_GSK = inner(do_GNK, p_GNS).swapaxes(1, 2)
   dx_GNS = p_GNS * (dot('GNK,GSK->GNS', do_GNK, v_GSK) - delta_GN[..., None])
-  return p_GNS, dot('GNS,GSK->GNK', dx_GNS, k_GSK) * scale, dot('GNS,GNK->GSK', dx_GNS, q_GNK) * scale, dv_GSK
+  dk_GSK = inner(q_GNK, dx_GNS).swapaxes(1, 2) * scale
+  return p_GNS, dot('GNS,GSK->GNK', dx_GNS, k_GSK) * scale, dk_GSK, dv_GSK

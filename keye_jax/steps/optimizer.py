@@ -3,6 +3,7 @@
 Which rule a weight gets follows from its path: `indexer` anywhere in it puts it in the indexer's group, and the last
 name tells a matrix from a norm, a bias or a table.
 """
+import functools
 import math
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from data_pipelines.errors import InputError
 from keye_jax.config import OptimizerConfig
+from pallas_kernels import dispatch
 
 MUON_BETA, MUON_RMS = 0.95, 0.2      # arXiv 2502.16982 section 2.2: an update of AdamW's size, so its rate fits both
 
@@ -86,14 +88,19 @@ def group_norms(grads) -> dict[str, jax.Array]:
 def norm(arrays) -> jax.Array:
   """L2 norm of all arrays together, float32.
 
-  Products of the last axis first: XLA for CPUs adds up a plain sum of squares one element at a time on one core, which
-  took a fifth of a training step.
+  XLA for CPUs adds up a plain sum of squares on one core, and products of rows with themselves hardly faster: a fifth
+  and 3% of a training step. A product of squares with ones it does in a sixth of that, which an accelerator would not.
   """
+  cpu = dispatch.platform() == 'cpu'
+
   def squares(x):
     sharding = jax.typeof(x).sharding
     rows = None if sharding.mesh.empty else jax.P(*sharding.spec[:-1])
-    return jnp.einsum('...d,...d->...', x, x, precision=jax.lax.Precision.HIGHEST,
-                      preferred_element_type=jnp.float32, out_sharding=rows).sum()
+    dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
+                            out_sharding=rows)
+    if not cpu:
+      return dot('...d,...d->...', x, x).sum()
+    return dot('...d,d->...', jnp.square(x.astype(jnp.float32)), jnp.ones(x.shape[-1:])).sum()
   return jnp.sqrt(sum(map(squares, arrays)))
 
 

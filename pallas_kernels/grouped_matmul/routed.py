@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import tiles
 from pallas_kernels.grouped_matmul.xla import dot, for_tiles, read, write
 
 FEW_PICKS = 8         # up to here each pick reads its own weights, as decoding does
@@ -117,8 +118,8 @@ def swiglu_bwd(devices, x_ND, order: Sorted, weight_NK, gate_up_EDF2, down_EFD, 
     dact_RF *= weight_R1
     dh_RF2 = gradient(dact_RF).astype(dtype)
     dx_MD = write(dx_MD, dot('RF,DF->RD', dh_RF2, gate_up_EDF2[e]), tile)
-    dgate_up_EDF2 = dgate_up_EDF2.at[e].add(dot('RD,RF->DF', x_ND[pick_R // K], dh_RF2))
-    ddown_EFD = ddown_EFD.at[e].add(dot('RF,RD->FD', (act_RF * weight_R1).astype(dtype), dy_RD))
+    dgate_up_EDF2 = dgate_up_EDF2.at[e].add(tiles.inner(x_ND[pick_R // K], dh_RF2))
+    ddown_EFD = ddown_EFD.at[e].add(tiles.inner((act_RF * weight_R1).astype(dtype), dy_RD))
     return dx_MD, dweight_M1, dgate_up_EDF2, ddown_EFD
 
   zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
