@@ -1,6 +1,6 @@
 """The tables of `keye bench model` (docs/model_speed.md) and `keye bench video` (docs/data.md), from their records:
 
-  keye bench model --peer transformers --json --out docs/results/model.json
+  keye bench model --peer transformers --dsa 65536 --json --out docs/results/model.json
   keye bench video --json --out docs/results/video.json
   python -m launch.bench_page
 """
@@ -36,7 +36,22 @@ def block(name: str, said: Mapping[str, Any] | None) -> str:
       f'`{said["command"]}`, {said["n"]} rounds, {versions}, commit {said["commit"][:10]}, on {said["hardware"]}. '
       f'Medians of the rounds, the ratio that of a round. Others used at most {others:.2f} cores; a fixed product took '
       f'{min(probes.values()):.0%} to {max(probes.values()):.0%} longer in the slowest round than in the fastest.', '',
-      f'{said["claim"][0].upper()}{said["claim"][1:]}: {said["verdict"]} ({said["why"]}).'])
+      f'{said["claim"][0].upper()}{said["claim"][1:]}: {said["verdict"]} ({said["why"]}).',
+      *(sparse_parts(said['dsa']) if said.get('dsa') else ())])
+
+
+def sparse_parts(found: Mapping[str, Any]) -> list[str]:
+  """Lines about one layer's attention as the row grows: what launch/bench_dsa.py measured."""
+  sizes = list(next(iter(found['seconds'].values())))
+  head = ['one layer, seconds at', *(f'{int(n):,}' for n in sizes), 'grows as']
+  lines = [f'| {" | ".join(head)} |', '|---' * len(head) + '|']
+  for part, row in found['seconds'].items():
+    power = found['exponents'][part]
+    cells = [f'{row[n]:.2f}' for n in sizes] + ['–' if power is None else f'S^{power:.2f}']
+    lines.append(f'| {part} | {" | ".join(cells)} |')
+  whole = ', '.join(f'{name} {seconds:.0f} s' for name, seconds in found['prefill seconds'].items())
+  return ['', *lines, '',
+          f'{found["topk"]:,} keys. Prefill of {found["prefill tokens"]:,} tokens by all layers: {whole}.']
 
 
 def of_model(said: Mapping[str, Any], task: str = '') -> dict[str, str]:

@@ -17,7 +17,7 @@ class TokenStats(NamedTuple):
   """What was asked for; the rest is None. All float32 but the ids."""
   logp_BT: jax.Array | None = None         # log-probability of the target
   entropy_BT: jax.Array | None = None
-  correct_BT: jax.Array | None = None      # 1 where the target is the most likely token
+  correct_BT: jax.Array | None = None      # 1 where no token is more likely than the target
   top_logp_BTK: jax.Array | None = None
   top_id_BTK: jax.Array | None = None
 
@@ -41,15 +41,16 @@ def token_stats(layout: str, hidden_BTD: jax.Array, head_DV: jax.Array, target_B
   def one(h_ND, head_DV, target_N):
     z_NV = jnp.einsum('ND,DV->NV', h_ND, head_DV, preferred_element_type=jnp.float32)
     lse_N = jax.nn.logsumexp(z_NV, -1)
+    hit_NV = jnp.arange(z_NV.shape[-1], dtype=target_N.dtype) == target_N[:, None]
+    hit_N = jnp.where(hit_NV, z_NV, 0).sum(-1)
     out = {}
     if 'logp' in want:
-      hit_NV = jnp.arange(z_NV.shape[-1], dtype=target_N.dtype) == target_N[:, None]
-      out['logp_BT'] = jnp.where(hit_NV, z_NV, 0).sum(-1) - lse_N
+      out['logp_BT'] = hit_N - lse_N
     if 'entropy' in want:
       p_NV = jnp.exp(z_NV - lse_N[:, None])
       out['entropy_BT'] = lse_N - (p_NV * z_NV).sum(-1)
     if 'correct' in want:
-      out['correct_BT'] = (jnp.argmax(z_NV, -1) == target_N).astype(jnp.float32)
+      out['correct_BT'] = (hit_N >= z_NV.max(-1)).astype(jnp.float32)
     if 'top' in want:
       value, index = jax.lax.top_k(z_NV, top)
       out['top_logp_BTK'], out['top_id_BTK'] = value - lse_N[:, None], index

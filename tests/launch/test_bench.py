@@ -84,6 +84,15 @@ class TestRecord:
     assert '| prefill 2048 | 2,048 | 1,365 | 1.50 | 1.50 to 1.50 | 0.' in page and '| 1.50 to 1.50 | – | – |' in page
     assert page.endswith(': shown (every interval lies at or above its floor).')
 
+  def test_page_of_the_parts_of_sparse_attention(self):
+    parts = {'dense': {'8192': 1.0, '16384': 4.0}, 'select': {'8192': 0.25, '16384': 0.5}}
+    dsa = {'topk': 2048, 'seconds': parts, 'exponents': {'dense': 2.0, 'select': None}, 'prefill tokens': 16384,
+           'prefill seconds': {'dense': 40.0, 'sparse': 30.0}}
+    page = bench_page.block('model', bench.record(bench.TASKS, everything(), dsa, args(), {}))
+    assert '| one layer, seconds at | 8,192 | 16,384 | grows as |' in page
+    assert '| dense | 1.00 | 4.00 | S^2.00 |' in page and '| select | 0.25 | 0.50 | – |' in page
+    assert page.endswith('2,048 keys. Prefill of 16,384 tokens by all layers: dense 40 s, sparse 30 s.')
+
   def test_share_of_a_large_product(self):
     """8 layers of 655,360 (q, k, v, o) + 4 x 393,216 (experts) + 16,384 (router) multiply-adds a token, 1,024.5 keys on
     average, the head for one token; against 1024^3 of them in 0.01 s."""
