@@ -23,7 +23,7 @@ MORE_CLIPS = dict(n_train=0, n_heldout=3000, n_images=0, seed=1)
 STAGES = {
     'vit': ('', 500, 5e-3), 'text': ('vit', 500, 5e-3), '0-random-lm': ('vit', 250, 5e-3), '0': ('text', 250, 5e-3),
     'blind': ('text', 150, 5e-3), '1': ('0', 500, 5e-3), '2': ('1', 1500, 3e-3), '3-warmup': ('2', 200, 2e-2),
-    '3': ('3-warmup', 250, 1e-3), '3-dense': ('3-warmup', 250, 1e-3), 'sft': ('3', 250, 1e-3)}
+    '3': ('3-warmup', 600, 1e-3), '3-dense': ('3-warmup', 600, 1e-3), 'sft': ('3', 250, 1e-3)}
 CONTROLS = {'0-random-lm': '0', 'blind': '1', '3-dense': '3'}      # control -> the stage it is a variant of
 TOPK = 21      # keys of sparse attention: a quarter of the 84 tokens of the median held-out question with its clip
 TOWER = TextConfig(layers=1, embed=64, heads=4, kv_heads=4, head_dim=16, vocab=quickstart.VOCAB, ffn=128,
