@@ -18,7 +18,7 @@ RUNS = 'runs/ladder'
 # Arguments of frameforge.build. Held-out clips ask more than 2,000 questions. What sparse attention costs rests on the
 # few answers that a model is not sure of, so it is judged on more held-out clips, by their answers' losses alone.
 CLIPS = dict(n_train=4000, n_heldout=400, n_images=3000, seed=0)
-MORE_CLIPS = dict(n_train=0, n_heldout=3000, n_images=0, seed=1)
+MORE_CLIPS = dict(n_train=0, n_heldout=12000, n_images=0, seed=1)
 # stage -> (what it starts from, steps, learning rate; in 3-warmup the indexers', which alone learn there)
 STAGES = {
     'vit': ('', 500, 5e-3), 'text': ('vit', 500, 5e-3), '0-random-lm': ('vit', 250, 5e-3), '0': ('text', 250, 5e-3),
