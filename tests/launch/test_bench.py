@@ -66,6 +66,11 @@ def test_interval_of_a_median():
   assert 0.95 < held < 0.97                              # 0.961
 
 
+def test_the_first_call_of_a_turn_is_not_counted():
+  side = bench.awake(iter([5.0, 3.0, 6.0, 4.0]).__next__)
+  assert [side(), side()] == [3.0, 4.0]
+
+
 def test_exponent():
   assert bench_rounds.exponent([8, 16, 32], [1, 4, 16]) == pytest.approx(2)
 
