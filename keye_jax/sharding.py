@@ -93,6 +93,13 @@ def append(old: jax.Array, new: jax.Array, slot: jax.Array, axis: int) -> jax.Ar
   return jax.lax.dynamic_update_slice_in_dim(old, like(new.astype(old.dtype), old), slot, axis)
 
 
+def take(x: jax.Array, index_BQ: jax.Array, layout: str) -> jax.Array:
+  """Entries of [B, T, ...] at these places of their rows: [B, Q, ...]. Each device reads its own rows, whole."""
+  axes = ('batch',) + (None,) * (x.ndim - 1)
+  read = local(jax.vmap(lambda row, i: row[i]), layout, (axes, axes[:2]), axes)
+  return read(constrain(x, layout, *axes), index_BQ)
+
+
 def out(layout: str, *axes: str | None) -> P | None:
   """The `out_sharding=` of an einsum."""
   return spec(layout, *axes) if has_mesh() else None

@@ -8,10 +8,12 @@ prefill and decoding (launch/bench_attention.py).
 `keye bench model`: speed of one mid-sized decoder on this machine's CPU, beside transformers if asked.
 
 Hidden 512, 8 layers, 8 query and 2 KV heads of 64, 32 experts of 256 of which 4 a token, vocabulary 8192, float32.
-Both sides do the same work (prefill ends in the last token's logits) in turns, twice a turn of which the second counts;
-see launch/bench_rounds.py for when the numbers count.
+Both sides do the same task in turns, twice a turn of which the second counts; see launch/bench_rounds.py for when the
+numbers count. A prefill is to give the last token's logits: the peer does it as `logits_to_keep=1` without a cache, we
+as generation does, which keeps the caches and leaves out of the last layer what these results do not need.
 """
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -223,15 +225,17 @@ def record(tasks, found, dsa, args, peer_versions: dict) -> dict:
 
 
 def shares(tasks: Sequence[Task], found) -> dict[str, dict[str, float]]:
-  """{task: {side: FLOP/s of its products, over those of the fixed product between the rounds}}; medians. 1 over the
-  peer's is what no implementation can exceed as a ratio, were everything but the products free."""
+  """{task: {side: FLOP/s of the products that it makes, over those of the fixed product between the rounds}};
+  medians. How much of its time is left to everything but products, and to products below that rate."""
   from launch import bench_model
   from launch.bench_timing import PROBE_FLOPS
   out = {}
   for t in tasks:
-    if work := bench_model.flops(bench_model.MODEL, t.kind, t.tokens):
+    work = functools.partial(bench_model.flops, bench_model.MODEL, t.kind, t.tokens)
+    if work(whole=True):
       seconds, probe = found[t.name].seconds, statistics.median(found[t.name].probe)
-      out[t.name] = {side: work / statistics.median(s) * probe / PROBE_FLOPS for side, s in seconds.items()}
+      out[t.name] = {side: work(whole=side != 'keye_jax') / statistics.median(s) * probe / PROBE_FLOPS
+                     for side, s in seconds.items()}
   return out
 
 

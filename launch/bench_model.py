@@ -11,9 +11,9 @@ import numpy as np
 
 from data_pipelines.schema import Batch
 from keye_jax.config import IndexerConfig, ModelConfig, OptimizerConfig, TextConfig
-from keye_jax.nn import counts, head, keye
+from keye_jax.nn import counts, keye
 from keye_jax.objectives.sft import sft
-from keye_jax.rollout import sampler
+from keye_jax.rollout import frontier, sampler
 from keye_jax.steps import state
 from keye_jax.steps.optimizer import make_optimizer, rates
 from keye_jax.steps.update import make_update
@@ -51,24 +51,24 @@ def text_batch(config: ModelConfig, tokens: int, seed: int = 0) -> Batch:
       np.zeros((1, tokens), np.int32)))
 
 
-def flops(config: ModelConfig, kind: str, tokens: int) -> float:
+def flops(config: ModelConfig, kind: str, tokens: int, whole: bool) -> float:
   """Matrix products of a prefill up to the last token's logits, or of a training step; 0 for decoding, which waits for
-  memory."""
-  part = counts.flops_per_token(config, tokens)
+  memory. whole: the last layer of a prefill computes all of every token, not its key and value alone."""
+  t, part = config.text, counts.flops_per_token(config, tokens)
   each = part['layers'] + part['attention']
-  return {'prefill': tokens * each + part['head'], 'train': 3 * tokens * (each + part['head'])}.get(kind, 0.0)
+  read = each if whole else each * (1 - 1 / t.layers) + 4 * t.embed * t.kv_heads * t.head_dim
+  return {'prefill': tokens * read + part['head'], 'train': 3 * tokens * (each + part['head'])}.get(kind, 0.0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def last_logits(config: ModelConfig, params, batch: Batch) -> jax.Array:
-  """float32 [B, 1, V]: what the peer computes with `logits_to_keep=1`."""
-  out = keye.apply(config, params, batch)
-  return head.logits(out.hidden_BTD[:, -1:], out.head_DV)
+def read(config: ModelConfig, params, batch: Batch, last_BQ):
+  """A prompt as generation reads it: first token and caches. The peer computes the last token's logits alone."""
+  return frontier.read_prompts(config, params, batch, last_BQ, frontier.GREEDY, None)
 
 
 def prefill(config: ModelConfig, params, tokens: int) -> Callable[[], float]:
-  batch = text_batch(config, tokens)
-  return lambda: timed(last_logits, config, params, batch)[0]
+  batch, last_BQ = text_batch(config, tokens), jnp.full((1, 1), tokens - 1)
+  return lambda: timed(read, config, params, batch, last_BQ)[0]
 
 
 def train(config: ModelConfig, params, tokens: int) -> Callable[[], float]:

@@ -7,6 +7,7 @@ it learns from its KL loss alone, and the language model does not learn through 
 B batch, T query time, S key time, D embed, H query heads, G KV heads, K head dim, I indexer heads, J indexer head dim,
 F rotary frequencies.
 """
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -43,6 +44,8 @@ class Context(NamedTuple):
   key_order_BS: jax.Array
   slot: jax.Array | None          # scalar: first free slot of the cache; None: the keys are the queries' own tokens
   table: Table | None = None      # the cache is in pages
+  asking_BQ: jax.Array | None = None     # places of the only tokens whose results are wanted; None: of all
+  learning: bool = True           # the indexer's loss and recall are wanted, in modes that have them
 
 
 class KV(NamedTuple):
@@ -50,6 +53,11 @@ class KV(NamedTuple):
   k_BSGK: jax.Array
   v_BSGK: jax.Array
   ik_BSJ: jax.Array | None
+
+
+def asking(config: ModelConfig, ctx: Context, x: jax.Array) -> jax.Array:
+  """Entries of [B, T, ...] of the tokens whose results are wanted."""
+  return x if ctx.asking_BQ is None else sharding.take(x, ctx.asking_BQ, config.layout)
 
 
 class Learnt(NamedTuple):
@@ -85,20 +93,22 @@ class Indexer(nn.Module):
 
 
 class Attention(nn.Module):
-  """(x_BTD, context, cache of this layer, in pages or not, or None) -> (y_BTD, Learnt or None, KV of new tokens)."""
+  """(x_BTD, context, cache of this layer, in pages or not, or None) -> (y_BTD of the tokens that ask, Learnt or None,
+  KV of all new tokens)."""
   config: ModelConfig
 
   @nn.compact
   def __call__(self, x_BTD, ctx: Context, cache: KV | Pages | None):
     c, text = self.config, self.config.text
     D, H, G, K = text.embed, text.heads, text.kv_heads, text.head_dim
+    ask = functools.partial(asking, c, ctx)
     init = nn.initializers.normal(D ** -0.5)
     q_DHK = sharding.param(self, 'q', init, (D, H, K), ('embed', None, None), c)
     k_DGK = sharding.param(self, 'k', init, (D, G, K), ('embed', None, None), c)
     v_DGK = sharding.param(self, 'v', init, (D, G, K), ('embed', None, None), c)
     o_HKD = sharding.param(self, 'o', layers.residual_init(H * K, text.layers), (H, K, D), (None, None, 'embed'), c)
 
-    q_BTHK = layers.project(x_BTD, q_DHK)
+    q_BTHK = layers.project(ask(x_BTD), q_DHK)
     k_BTGK = layers.project(x_BTD, k_DGK)
     v_BTGK = layers.project(x_BTD, v_DGK)
     if text.qk_norm:
@@ -106,12 +116,13 @@ class Attention(nn.Module):
                                text.norm_eps)
       k_BTGK = layers.rms_norm(k_BTGK, sharding.param(self, 'k_norm', nn.initializers.ones, (K,), (None,), c),
                                text.norm_eps)
-    q_BTHK = rope.rotate(q_BTHK, ctx.cos_BTF, ctx.sin_BTF)
+    q_BTHK = rope.rotate(q_BTHK, ask(ctx.cos_BTF), ask(ctx.sin_BTF))
     k_BTGK = rope.rotate(k_BTGK, ctx.cos_BTF, ctx.sin_BTF)
 
     index = None
     if text.indexer.heads:
-      index = Indexer(c, name='indexer')(x_BTD, ctx.index_cos_BTF, ctx.index_sin_BTF)
+      iq_BTIJ, ik_BTJ, gate_BTI = Indexer(c, name='indexer')(x_BTD, ctx.index_cos_BTF, ctx.index_sin_BTF)
+      index = ask(iq_BTIJ), ik_BTJ, ask(gate_BTI)
     new = KV(k_BTGK, v_BTGK, index[1] if index else None)
     if ctx.table is not None:
       o_BTHK, learnt = attend_pages(c, q_BTHK, cache, new, index, ctx.table), None
@@ -127,13 +138,12 @@ def attend(config: ModelConfig, q_BTHK, keys: KV, index, ctx: Context):
   """Runs the attention mode of the config on each device's own queries against all keys of its rows.
 
   Under a sharded sequence the keys are gathered (index keys are narrow) and queries stay where they are; `order`
-  carries causality, so any layout of the sequence gives the same result. Returns (o_BTHK, Learnt or None): with a
-  cache nothing is learnt, so the indexer's loss and recall are left out.
+  carries causality, so any layout of the sequence gives the same result. Returns (o_BTHK, Learnt or None).
   """
-  query, key, learning = ('batch', 'seq'), ('batch', None), ctx.slot is None
+  query, key, ask = ('batch', 'seq'), ('batch', None), functools.partial(asking, config, ctx)
   arrays = dict(q=(q_BTHK, query), k=(keys.k_BSGK, key), v=(keys.v_BSGK, key),
-                q_segment=(ctx.segment_BT, query), k_segment=(ctx.key_segment_BS, key),
-                q_order=(ctx.order_BT, query), k_order=(ctx.key_order_BS, key))
+                q_segment=(ask(ctx.segment_BT), query), k_segment=(ctx.key_segment_BS, key),
+                q_order=(ask(ctx.order_BT), query), k_order=(ctx.key_order_BS, key))
   if config.attention != 'dense':
     if index is None:
       raise ValueError(f'attention={config.attention!r} needs an indexer: set model.text.indexer.heads')
@@ -157,15 +167,15 @@ def attend(config: ModelConfig, q_BTHK, keys: KV, index, ctx: Context):
 
   def sparse(a):
     result = dsa_attention(a['q'], a['k'], a['v'], a['iq'], a['ik'], a['gate'], a['q_segment'], a['k_segment'],
-                           a['q_order'], a['k_order'], topk=config.text.indexer.topk, want_kl=learning)
-    return (result.o_BTHK, Learnt(result.kl_BT, recalled(a))) if learning else result.o_BTHK
+                           a['q_order'], a['k_order'], topk=config.text.indexer.topk, want_kl=ctx.learning)
+    return (result.o_BTHK, Learnt(result.kl_BT, recalled(a))) if ctx.learning else result.o_BTHK
 
   def recalled(a):
     return recall(a['q'], a['k'], a['iq'], a['ik'], a['gate'], a['q_segment'], a['k_segment'], a['q_order'],
                   a['k_order'], topk=config.text.indexer.topk)
 
   match config.attention:
-    case 'warmup' | 'sparse' if learning:
+    case 'warmup' | 'sparse' if ctx.learning:
       with_loss = warmup if config.attention == 'warmup' else sparse
       learnt = Learnt(query, Recall(query, query))
       return sharding.local(with_loss, config.layout, (in_axes,), (o_axes, learnt))(values)

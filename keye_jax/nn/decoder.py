@@ -3,6 +3,7 @@
 B batch, T query time, S key time, D embed, V vocabulary, L layers.
 """
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from keye_jax import sharding
 from keye_jax.config import ModelConfig
 from keye_jax.nn import layers, rope
-from keye_jax.nn.attention import KV, Attention, Context, Table
+from keye_jax.nn.attention import KV, Attention, Context, Table, asking
 from keye_jax.nn.experts import Mlp
 from keye_jax.nn.recall import Recall
 from pallas_kernels.dsa_decode import Pages, eight_bits, newest, write
@@ -42,15 +43,16 @@ class Aux(NamedTuple):
 
 
 class Block(nn.Module):
+  """(x_BTD, context, cache of this layer or None) -> (hidden states of who asks, (Aux, KV of all new tokens))."""
   config: ModelConfig
 
   @nn.compact
   def __call__(self, x_BTD, ctx: Context, cache: KV | Pages | None):
     c, eps = self.config, self.config.text.norm_eps
     norm = lambda name: sharding.param(self, name, nn.initializers.ones, (c.text.embed,), (None,), c)
-    valid_BT = ctx.segment_BT > 0
+    valid_BT = asking(c, ctx, ctx.segment_BT) > 0
     y_BTD, learnt, kv = Attention(c, name='attn')(layers.rms_norm(x_BTD, norm('attn_norm'), eps), ctx, cache)
-    x_BTD = x_BTD + y_BTD
+    x_BTD = asking(c, ctx, x_BTD) + y_BTD
     y_BTD, routing, dropped = Mlp(c, name='mlp')(layers.rms_norm(x_BTD, norm('ffn_norm'), eps), valid_BT)
     aux = Aux(routing.balance_B if routing else None, routing.load_E if routing else None,
               jnp.where(valid_BT, learnt.kl_BT, 0) if learnt else None, dropped, learnt.recall if learnt else None)
@@ -73,8 +75,11 @@ def lookup(config: ModelConfig, embed_VD: jax.Array, token_BT: jax.Array, text_B
 
 
 def run(config: ModelConfig, layer_params, x_BTD, position_BT3, segment_BT, order_BT,
-        cache: Cache | PagedCache | None = None, keep_kv: bool = False):
+        cache: Cache | PagedCache | None = None, keep_kv: bool = False, asking_BQ: jax.Array | None = None):
   """Runs all blocks: (hidden_BTD, Aux, KV of the new tokens [L, B, T, ...] or None).
+
+  asking_BQ: places of the only tokens whose hidden states are wanted, [B, Q, D] then. The last block computes nothing
+  else but everyone's keys and values, nothing is learnt and there is no Aux. For stacked layers without a cache.
 
   `layer_params` is one tree with a leading L axis, scanned, or a tuple of L trees, unrolled: a decode step of a small
   batch reads every weight once, and a scan would first copy each layer's slice.
@@ -94,13 +99,16 @@ def run(config: ModelConfig, layer_params, x_BTD, position_BT3, segment_BT, orde
     layer_caches, slot = cache.kv, cache.used
     key_segment_BS = sharding.append(cache.segment_BS, segment_BT, slot, 1)
     key_order_BS = sharding.append(cache.order_BS, order_BT, slot, 1)
-  ctx = Context(cos_BTF, sin_BTF, icos_BTF, isin_BTF, segment_BT, order_BT, key_segment_BS, key_order_BS, slot, table)
+  ctx = Context(cos_BTF, sin_BTF, icos_BTF, isin_BTF, segment_BT, order_BT, key_segment_BS, key_order_BS, slot, table,
+                learning=cache is None and asking_BQ is None)
 
-  def block(x_BTD, inputs):
+  def block(x_BTD, inputs, ctx=ctx):
     params, layer_cache = inputs
     x_BTD, (aux, kv) = Block(config).apply({'params': params}, x_BTD, ctx, layer_cache)
     return x_BTD, (aux, kv if keep_kv or cache is not None else None)
 
+  if asking_BQ is not None:
+    return read(config, block, ctx._replace(asking_BQ=asking_BQ), layer_params, x_BTD)
   if isinstance(layer_params, tuple):
     out = []
     for i, params in enumerate(layer_params):
@@ -110,6 +118,28 @@ def run(config: ModelConfig, layer_params, x_BTD, position_BT3, segment_BT, orde
   else:
     x_BTD, (aux, kv) = jax.lax.scan(layers.remat(config.remat, block), x_BTD, (layer_params, layer_caches))
   return x_BTD, aux, kv
+
+
+def read(config: ModelConfig, block: Callable, last_ctx: Context, layer_params, x_BTD):
+  """`run` where only some tokens ask: `block` for all layers, the last one with `last_ctx`. One scan still, since
+  parameters or caches of all layers but one would be a copy."""
+  def step(carry, inputs):
+    is_last, params = inputs
+
+    def last(x_BTD, _):
+      x_BQD, (_, kv) = block(x_BTD, (params, None), last_ctx)
+      return (x_BTD, x_BQD), kv
+
+    def other(x_BTD, x_BQD):
+      x_BTD, (_, kv) = block(x_BTD, (params, None))
+      return (x_BTD, x_BQD), kv
+
+    return jax.lax.cond(is_last, last, other, *carry)
+
+  L = jax.tree.leaves(layer_params)[0].shape[0]
+  x_BQD = jnp.zeros_like(asking(config, last_ctx, x_BTD))
+  (_, x_BQD), kv = jax.lax.scan(step, (x_BTD, x_BQD), (jnp.arange(L) == L - 1, layer_params))
+  return x_BQD, None, kv
 
 
 def init_layers(config: ModelConfig, key: jax.Array):

@@ -19,7 +19,7 @@ from keye_jax.nn.vision import Projector, Vision
 class Output(NamedTuple):
   hidden_BTD: jax.Array      # after the final norm
   head_DV: jax.Array         # gathered, compute dtype
-  aux: decoder.Aux
+  aux: decoder.Aux | None    # None where only some tokens asked
   kv: KV | None              # of this pass's tokens, when asked for or when there was a cache
   stayed: exchange.Stayed | None = None      # vision tokens, where frames are spread over devices
 
@@ -29,7 +29,7 @@ class Keye(nn.Module):
 
   @nn.compact
   def __call__(self, batch: Batch, cache: decoder.Cache | decoder.PagedCache | None = None,
-               keep_kv: bool = False) -> Output:
+               keep_kv: bool = False, asking_BQ: jax.Array | None = None) -> Output:
     c, text = self.config, self.config.text
     embed_VD = sharding.param(self, 'embed', nn.initializers.normal(text.embed ** -0.5 if text.tied_head else 1.0),
                               (text.vocab, text.embed), (None, 'embed'), c)
@@ -45,7 +45,7 @@ class Keye(nn.Module):
     else:
       layer_params = self.get_variable('params', 'layers')
     x_BTD, aux, kv = decoder.run(c, layer_params, x_BTD, batch.position_BT3, batch.segment_BT, batch.order_BT, cache,
-                                 keep_kv)
+                                 keep_kv, asking_BQ)
     norm_D = sharding.param(self, 'norm', nn.initializers.ones, (text.embed,), (None,), c)
     head_DV = embed_VD.T if text.tied_head else sharding.param(
         self, 'head', nn.initializers.normal(text.embed ** -0.5), (text.embed, text.vocab), ('embed', None), c)
@@ -116,7 +116,8 @@ def param_shapes(config: ModelConfig) -> dict[str, Any]:
 
 
 def apply(config: ModelConfig, params, batch: Batch, cache: decoder.Cache | decoder.PagedCache | None = None,
-          keep_kv: bool = False) -> Output:
+          keep_kv: bool = False, asking_BQ: jax.Array | None = None) -> Output:
   """Pure forward pass. With a cache, the batch's tokens attend to the cache and to each other; `Output.kv` then goes
-  into `decoder.extend` or `extend_pages`."""
-  return Keye(config).apply({'params': params}, batch, cache, keep_kv)
+  into `decoder.extend` or `extend_pages`. asking_BQ: places of the tokens whose hidden states are wanted, which are
+  then [B, Q, D]; the last block leaves out all others, and nothing is learnt (`decoder.run`)."""
+  return Keye(config).apply({'params': params}, batch, cache, keep_kv, asking_BQ)

@@ -3,6 +3,7 @@ the pass over the prompts.
 
 B rows, Q branches of a row, T prompt tokens, N new tokens, V vocabulary.
 """
+import functools
 from typing import NamedTuple
 
 import jax
@@ -83,15 +84,10 @@ def read_prompts(config: ModelConfig, params, batch: Batch, last_BQ, sampling: S
   last_BQ: place in the row of each branch's last prompt token; -1 where a row has fewer branches.
   """
   batch, last_BQ = sharding.constrain_batch(batch, config.layout), constrain_rows(config, last_BQ)
-  out = keye.apply(config, params, batch, keep_kv=True)
-
-  def at(a):
-    """Entries of [B, T, ...] at the last places: [B, Q, ...]. Each device reads its own rows, whole."""
-    axes = ('batch',) + (None,) * (a.ndim - 1)
-    read = sharding.local(jax.vmap(lambda row, i: row[i]), config.layout, (axes, ('batch', None)), axes)
-    return read(constrain_rows(config, a), jnp.maximum(last_BQ, 0))
-
-  token_BQ, logp_BQ = draw(config.layout, head.logits(at(out.hidden_BTD), out.head_DV), sampling, key)
+  place_BQ = jnp.maximum(last_BQ, 0)
+  out = keye.apply(config, params, batch, keep_kv=True, asking_BQ=place_BQ)
+  at = functools.partial(sharding.take, index_BQ=place_BQ, layout=config.layout)
+  token_BQ, logp_BQ = draw(config.layout, head.logits(out.hidden_BTD, out.head_DV), sampling, key)
   segment_BQ = jnp.where(last_BQ < 0, 0, at(batch.segment_BT))
   return out.kv, Frontier(token_BQ, logp_BQ, at(batch.position_BT3) + 1, segment_BQ, at(batch.order_BT) + 1)
 

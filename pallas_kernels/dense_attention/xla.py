@@ -87,7 +87,7 @@ def backward_one(q_GNK, k_GSK, v_GSK, lse_GN, delta_GN, do_GNK, bias_TS, *, scal
 
 
 def cut_row(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, causal):
-  """Tile size of the queries, then keys and values in tiles, the mask of a tile pair, and the pairs that meet."""
+  """Tile size of the queries, then keys and values in tiles, the mask of a tile pair, and `tiles.whole_first`."""
   (G, N, _), T = q_GNK.shape, len(q_order_T)
   keys = key_tile()
   block = min(keys, -(-T // 8) * 8) if tiles.large() else query_tile(T, G * N // T)
@@ -98,8 +98,9 @@ def cut_row(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S,
   def mask(i, p):
     return visible(q_segment_QT[i][:, None], k_segment_PS[p], q_order_QT[i][:, None], k_order_PS[p], causal)
 
-  tile_QP, count_Q = tiles.front(tiles.meeting(q_segment_QT, k_segment_PS, q_order_QT, k_order_PS, causal))
-  return block, (cut(k_GSK, 1, keys), cut(v_GSK, 1, keys)), mask, tile_QP, count_Q
+  places = q_segment_QT, k_segment_PS, q_order_QT, k_order_PS, causal
+  met = tiles.whole_first(tiles.meeting(*places), tiles.all_visible(*places))
+  return block, (cut(k_GSK, 1, keys), cut(v_GSK, 1, keys)), mask, met
 
 
 def key_tile() -> int:
@@ -126,23 +127,24 @@ def join_queries(x_QGNK, T: int, block: int):
 
 def forward_tiles(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, *, causal, scale):
   T = len(q_order_T)
-  block, (k_PGSK, v_PGSK), mask, tile_QP, count_Q = cut_row(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S,
-                                                            q_order_T, k_order_S, causal)
+  block, (k_PGSK, v_PGSK), mask, met = cut_row(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S,
+                                               causal)
+  is_bounded = tiles.bounded(q_GNK, k_GSK, scale)
 
   def one(query):
-    i, q_GNK, tile_P, count = query
-    return tiles.attend(q_GNK, k_PGSK, v_PGSK, tile_P, count, lambda p: mask(i, p), scale)
+    i, q_GNK, met = query
+    return tiles.attend(q_GNK, k_PGSK, v_PGSK, *met, lambda p: mask(i, p), scale, is_bounded)
 
   q_QGNK = cut_queries(q_GNK, T, block)
-  o_QGNK, lse_QGN = jax.lax.map(one, (jnp.arange(len(q_QGNK)), q_QGNK, tile_QP, count_Q))
+  o_QGNK, lse_QGN = jax.lax.map(one, (jnp.arange(len(q_QGNK)), q_QGNK, met))
   return join_queries(o_QGNK, T, block), join_queries(lse_QGN, T, block)
 
 
 def backward_tiles(q_GNK, k_GSK, v_GSK, lse_GN, delta_GN, do_GNK, q_segment_T, k_segment_S, q_order_T, k_order_S, *,
                    causal, scale):
   T, S = len(q_order_T), len(k_order_S)
-  block, (k_PGSK, v_PGSK), mask, tile_QP, count_Q = cut_row(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S,
-                                                            q_order_T, k_order_S, causal)
+  block, (k_PGSK, v_PGSK), mask, (tile_QP, _, count_Q) = cut_row(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S,
+                                                                 q_order_T, k_order_S, causal)
   queries = [cut_queries(x, T, block) for x in (q_GNK, lse_GN, delta_GN, do_GNK)]
 
   def one(grads, query):

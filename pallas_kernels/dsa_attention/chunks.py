@@ -41,6 +41,7 @@ class Chunk(NamedTuple):
 class Plan(NamedTuple):
   """How a row is cut, and the arrays that all its chunks share."""
   every: bool                 # no more keys than topk: all that are visible are selected
+  is_bounded: jax.Array       # scalar, of `tiles.bounded`
   size: int                   # queries of a chunk
   chunks: Chunk
   keys: index.Keys            # wide tiles
@@ -77,7 +78,8 @@ def plan(options: Options, row: Row, selection: Selection | None, group: int, gr
   meet_CP = tiles.meeting(flat(groups.segment_T), segment_PS, flat(groups.order_T), order_PS, causal=True)
   chunks = Chunk(cut_queries(row.q_GNK, T, size), groups, given, *tiles.front(meet_CP))
   every = selection is None and options.topk >= len(row.k_order_S)
-  return Plan(every, size, chunks, keys, cut(row.k_GSK, 1), cut(row.v_GSK, 1), cut(row.ik_SJ, 0), segment_PS, order_PS)
+  return Plan(every, tiles.bounded(row.q_GNK, row.k_GSK, options.scale), size, chunks, keys, cut(row.k_GSK, 1),
+              cut(row.v_GSK, 1), cut(row.ik_SJ, 0), segment_PS, order_PS)
 
 
 def select(options: Options, row: Plan, buffer_PTS, chunk: Chunk, replay: bool):
@@ -136,11 +138,12 @@ def gathered_keys(options: Options, row: Plan) -> jax.Array | None:
 
 def attend(options: Options, row: Plan, kv_SX, chunk: Chunk, word_MS):
   """(o_GNK, lse_GN, the tiles that `selected_tiles` found) of a chunk whose selection is word_MS, None for all."""
-  where = visible_tiles(row, chunk) if row.every else selected_tiles(word_MS, row.size)
-  masked_dense = lambda: tiles.attend(chunk.q_GNK, row.k_PGSK, row.v_PGSK, *where, options.scale)
+  where = tile_P, count, mask = visible_tiles(row, chunk) if row.every else selected_tiles(word_MS, row.size)
+  masked_dense = lambda: tiles.attend(chunk.q_GNK, row.k_PGSK, row.v_PGSK, tile_P, 0, count, mask, options.scale,
+                                      row.is_bounded)
   if kv_SX is None:
     return *masked_dense(), where
-  return *gathered_or(masked_dense, options, row, chunk.q_GNK, kv_SX, word_MS, where[1]), where
+  return *gathered_or(masked_dense, options, row, chunk.q_GNK, kv_SX, word_MS, count), where
 
 
 def gathered_or(masked_dense: Callable, options: Options, row: Plan, q_GNK, kv_SX, word_MS, count):

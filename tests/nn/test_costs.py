@@ -89,19 +89,14 @@ def test_lists_on_a_gpu_have_fewer_masked_places_than_tiles(name):
 
 
 def test_flops_of_generation():
-  """A decoding step reads the whole cache and attends to topk of it. A prefill computes the indexer's loss too, which
-  nobody reads: 3 products on the selected keys for 2, and their scores once more."""
+  """A decoding step reads the whole cache and attends to topk of it. A prefill computes no loss of the indexer; that
+  its last layer answers for few tokens is not counted (the costlier branch is), one layer of 48."""
   model = dataclasses.replace(keye_vl_2_30b_a3b.model(), experts_transport='local')
   run = RunConfig(model=model, data=DataConfig(tokens=4096), train=TrainConfig(batch=4))
-  step = planning.traced(run, 'decode')
-  got = jaxpr_costs.of_program(step.trace.jaxpr, {}, step.rules)
-  assert got.flops == pytest.approx(step.model_flops, rel=0.02)
-  prefill = planning.traced(run, 'prefill')
-  part, t = counts.flops_per_token(model, 4096), model.text
-  kept = part['attention'] / (4 * t.layers * t.heads * t.head_dim) / (4097 / 2)
-  loss = 4 * 4096 * (part['attention'] / 2 + part['indexer_scores'] * kept)
-  got = jaxpr_costs.of_program(prefill.trace.jaxpr, {}, prefill.rules)
-  assert got.flops == pytest.approx(prefill.model_flops + loss, rel=0.02)
+  for what in ('decode', 'prefill'):
+    step = planning.traced(run, what)
+    got = jaxpr_costs.of_program(step.trace.jaxpr, {}, step.rules)
+    assert got.flops == pytest.approx(step.model_flops, rel=0.02), what
 
 
 def test_a_mesh_divides_the_work_and_adds_traffic():

@@ -113,6 +113,20 @@ def test_cached_decode_is_full_forward(params, mode, split):
     assert_close(np.asarray(out.hidden_BTD)[valid], np.asarray(full.hidden_BTD[:, t:t + 1])[valid], what=f'{mode} {t}')
 
 
+@pytest.mark.parametrize('mode', ['sparse', pytest.param('dense', marks=pytest.mark.slow)])
+def test_few_tokens_ask(params, mode):
+  """Their hidden states, and everyone's keys and values, are those of a pass that answers all."""
+  config, batch = with_mode(mode), batches.mixed(B=8)
+  full = jax.jit(lambda p, b: keye.apply(config, p, b, keep_kv=True))(params, batch)
+  asking_BQ = np.random.default_rng(0).integers(0, 32, (8, 3))
+  some = jax.jit(lambda p, b, i: keye.apply(config, p, b, keep_kv=True, asking_BQ=i))(params, batch, asking_BQ)
+  valid_BQ = np.take_along_axis(np.asarray(batch.segment_BT), asking_BQ, 1) > 0
+  expected = np.take_along_axis(np.asarray(full.hidden_BTD), asking_BQ[..., None], 1)
+  assert_close(np.asarray(some.hidden_BTD)[valid_BQ], expected[valid_BQ], what='hidden states')
+  jax.tree.map(assert_close, some.kv, full.kv)
+  assert some.aux is None
+
+
 def test_sparse_with_all_keys_is_dense(params):
   batch = batches.mixed(B=8)
   index = dataclasses.replace(batches.TEXT.indexer, topk=32)

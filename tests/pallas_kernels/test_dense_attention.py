@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import tiles
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.mask import NEG_INF
 from tests.pallas_kernels import cases, independent, kinds
@@ -65,7 +66,38 @@ class TestEveryImplementation:
     assert_close(kinds.dense(kind, scale=2 * 8 ** -0.5)(*case.dense)[1][0], kinds.dense(kind)(*twice.dense)[1][0])
 
 
+  def test_large_logits(self, kind):
+    """Exponentials of them as they are would overflow."""
+    case = cases.make(10, **SIZE).cast('float32')
+    case = case._replace(q=60 * case.q)
+    expected = kinds.dense('reference')(*case.dense)
+    assert np.abs(expected[1][1][expected[1][1] > NEG_INF]).max() > 88
+    for got, want in zip(jax.tree.leaves(kinds.dense(kind)(*case.dense)), jax.tree.leaves(expected)):
+      assert_close(got, want)
+
+
 class TestTiledForm:
+
+  def test_bounded_logits_need_no_maximum(self, monkeypatch):
+    """The same with and without one, up to the bound itself."""
+    case = cases.make(11, **SIZE, layout='packed').cast('float32')
+    longest = lambda x: float(jnp.square(x).sum(-1).max()) ** 0.5
+    q = case.q * (tiles.BOUND / (longest(case.q) * longest(case.k) * 8 ** -0.5) * (1 - 1e-6))
+    case = case._replace(q=q)
+    assert bool(tiles.bounded(case.q, case.k, 8 ** -0.5)) and not bool(tiles.bounded(1.01 * q, case.k, 8 ** -0.5))
+    without = jax.tree.leaves(kinds.dense('tiles')(*case.dense))
+    monkeypatch.setattr(tiles, 'BOUND', 0)
+    kinds.dense.cache_clear()
+    for got, want in zip(without, jax.tree.leaves(kinds.dense('tiles')(*case.dense))):
+      assert_close(got, want)
+    kinds.dense.cache_clear()
+
+  def test_exp(self):
+    x = np.linspace(-87, 88, 100001, dtype=np.float32)
+    expected = np.exp(x.astype(np.float64))
+    np.testing.assert_allclose(np.asarray(tiles.exp(x), np.float64), expected, rtol=2e-7)
+    got = np.asarray(jax.jit(tiles.exp)(np.float32([0, -87.4, NEG_INF, -np.inf, np.nan])))
+    np.testing.assert_array_equal(got, [1, 0, 0, 0, np.nan])
 
   def test_any_layout_of_the_row_gives_the_same_answer(self):
     case = cases.make(5, **SIZE, layout='packed').cast('float32')
