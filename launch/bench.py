@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--rounds', type=int, default=9)
   parser.add_argument('--task', action='append', choices=[t.name for t in TASKS], help='only these; several times')
   parser.add_argument('--dsa', type=int, default=0, metavar='TOKENS',
-                      help='also time the parts of sparse attention from 8192 to TOKENS, and prefill at TOKENS with '
+                      help='instead: the parts of sparse attention from 8192 to TOKENS, and prefill at TOKENS with '
                       'sparse and with dense attention')
   chosen = dict(action='append', help='`attention`: only these; several times')
   parser.add_argument('--length', type=int, metavar='TOKENS', **chosen)
@@ -94,6 +94,9 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   if args.what == 'attention':
     from launch import bench_attention
     return bench_attention.run(args)
+  if args.dsa:
+    from launch import bench_dsa
+    return bench_dsa.run(args)
   from launch import bench_model
   tasks = [t for t in TASKS if not args.task or t.name in args.task]
   peer = Peer(args.peer_python, bench_model.peer_shape(bench_model.MODEL), args.threads) if args.peer else None
@@ -102,11 +105,7 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   finally:
     if peer:
       peer.close()
-  dsa = None
-  if args.dsa:
-    from launch import bench_dsa
-    dsa = bench_dsa.measure(args.dsa, say)
-  out = record(tasks, found, dsa, args, peer.versions if peer else {})
+  out = record(tasks, found, args, peer.versions if peer else {})
   if args.out:
     pathlib.Path(args.out).write_text(json.dumps(out, indent=1) + '\n')
   print(json.dumps(out) if args.json else table(out))
@@ -191,7 +190,7 @@ def awake(side: Callable[[], float]) -> Callable[[], float]:
   return lambda: (side(), side())[1]
 
 
-def record(tasks, found, dsa, args, peer_versions: dict) -> dict:
+def record(tasks, found, args, peer_versions: dict) -> dict:
   """The evidence record: a claim, what was measured, and whether that shows it."""
   void = {name: why for name, r in found.items() if (why := bench_rounds.void(r))}
   sides = {side: {t.name: bench_rounds.rates(found[t.name].seconds[side], t.work) for t in tasks}
@@ -219,7 +218,7 @@ def record(tasks, found, dsa, args, peer_versions: dict) -> dict:
       'intervals': intervals,
       'rounds': {name: {'seconds': r.seconds, 'probe seconds': r.probe, 'cores of others': r.others}
                  for name, r in found.items()},
-      'void': void, 'dsa': dsa,
+      'void': void,
       'verdict': 'shown' if whole and not void and not short else 'not shown', 'why': why,
   }
 
@@ -262,9 +261,6 @@ def table(out: dict) -> str:
     cells += [f'products at {", ".join(f"{s:.0%}" for s in share.values())} of one large one'] * bool(share)
     lines.append(f'{name:<18} {"  ".join(cells)} tokens/s' + (f'  x {ratio:.2f}' if ratio else '') +
                  (f'  VOID: {out["void"][name]}' if name in out['void'] else ''))
-  for name, row in (out['dsa'] or {}).get('seconds', {}).items():
-    lines.append(f'{name:<18} ' + '  '.join(f'{n}: {s:.2f} s' for n, s in row.items()) +
-                 (f'  grows as n^{power:.2f}' if (power := out['dsa']['exponents'][name]) else ''))
   return '\n'.join([*lines, f'{out["verdict"]}: {out["why"]}'])
 
 

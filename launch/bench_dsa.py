@@ -2,7 +2,11 @@
 
 T tokens, S keys, I indexer heads, J indexer head dim, H query heads, G KV heads, K head dim.
 """
+import argparse
 import functools
+import json
+import pathlib
+import sys
 from collections.abc import Callable
 
 import jax
@@ -10,13 +14,46 @@ import jax.numpy as jnp
 
 from data_pipelines.errors import InputError
 from keye_jax.nn import keye
-from launch import bench_attention_cpu, bench_model, bench_rounds
+from launch import bench_attention_cpu, bench_model, bench_rounds, results
 from launch.bench_timing import timed
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.dsa_attention import dsa_attention
 from pallas_kernels.index_select import index_select
 
 SMALLEST = 8192
+LONG = 10.0            # seconds of a call above which the first one after compiling counts, else the better of two
+
+
+def run(args: argparse.Namespace) -> int:
+  """Called by launch/bench.py once the threads are limited."""
+  if args.peer or args.task:
+    raise InputError('keye bench model: --dsa is measured alone, without --peer and --task')
+  out = record(measure(args.dsa, lambda text: print(text, file=sys.stderr, flush=True)))
+  if args.out:
+    pathlib.Path(args.out).write_text(json.dumps(out, indent=1) + '\n')
+  print(json.dumps(out) if args.json else table(out))
+  return 0
+
+
+def record(found: dict) -> dict:
+  """The evidence record of what `measure` found."""
+  n, seconds = found['prefill tokens'], found['prefill seconds']
+  slower = seconds['sparse'] > seconds['dense']
+  return {
+      'claim': f'on a CPU a prefill of {n} tokens takes no longer with sparse attention than with dense, even '
+               'with random weights, whose queries have no keys in common',
+      'command': results.command(sys.argv[1:]), 'commit': results.commit(), 'hardware': results.hardware(),
+      'versions': results.versions(), 'n': 1, 'baselines': {'dense': {'prefill seconds': seconds['dense']}},
+      'arms': {'sparse': {'0': {'prefill seconds': seconds['sparse']}}}, 'intervals': {}, **found,
+      'verdict': 'not shown' if slower else 'shown',
+      'why': f'sparse takes {seconds["sparse"] / seconds["dense"]:.2f} of the time of dense attention'}
+
+
+def table(out: dict) -> str:
+  lines = [f'{name:<10} ' + '  '.join(f'{n}: {s:.2f} s' for n, s in row.items()) +
+           (f'  grows as n^{power:.2f}' if (power := out['exponents'][name]) else '')
+           for name, row in out['seconds'].items()]
+  return '\n'.join([*lines, f'{out["verdict"]}: {out["why"]}'])
 
 
 def measure(tokens: int, say: Callable[[str], None], smallest: int = SMALLEST, config=bench_model.MODEL) -> dict:
@@ -38,9 +75,7 @@ def measure(tokens: int, say: Callable[[str], None], smallest: int = SMALLEST, c
         (f'; {sizes[-1]} in about {sum(row.values()) * (sizes[-1] / n) ** 2:.0f} s' if n < sizes[-1] else ''))
   prefill = {}
   for name, c in (('dense', config), ('sparse', bench_model.sparse(config))):
-    side = bench_model.prefill(c, keye.init(c, jax.random.key(0)), sizes[-1])
-    side()                                                                 # compiles
-    prefill[name] = side()
+    prefill[name] = after_compiling(*bench_model.reading(c, keye.init(c, jax.random.key(0)), sizes[-1]))
     say(f'prefill of {sizes[-1]} tokens, {name}: {prefill[name]:.1f} s')
   growth = {name: bench_rounds.exponent(sizes, list(row.values())) if min(row.values()) > 0 else None
             for name, row in seconds.items()}
@@ -48,8 +83,15 @@ def measure(tokens: int, say: Callable[[str], None], smallest: int = SMALLEST, c
           'prefill tokens': sizes[-1], 'prefill seconds': prefill}
 
 
+def after_compiling(fn, *args) -> float:
+  """Seconds of a jitted function, compiled before: of the first call when it is LONG, else of the better of two."""
+  program = fn.lower(*args).compile()
+  first = timed(program, *args)[0]
+  return first if first > LONG else min(first, timed(program, *args)[0])
+
+
 def parts(config, n: int) -> dict[str, float]:
-  """Seconds of one layer's attention over a row of n tokens: best of two after compiling."""
+  """Seconds of one layer's attention over a row of n tokens."""
   t, index = config.text, config.text.indexer
   keys = iter(jax.random.split(jax.random.key(0), 6))
   normal = lambda *shape: jax.random.normal(next(keys), (1, n, *shape))
@@ -62,15 +104,11 @@ def parts(config, n: int) -> dict[str, float]:
   everything = q, k, v, iq, ik, gate, *place
   words = jax.jit(functools.partial(bench_attention_cpu.words, index.topk))(everything)
 
-  def best(fn, *args):
-    timed(fn, *args)
-    return min(timed(fn, *args)[0] for _ in range(2))
-
-  score = best(jax.jit(bench_attention_cpu.score), *(a[0] for a in (iq, ik, gate, *place)))
+  score = after_compiling(jax.jit(bench_attention_cpu.score), *(a[0] for a in (iq, ik, gate, *place)))
   return {
-      'dense': best(jax.jit(lambda *a: dense_attention(*a)[0]), q, k, v, *place),
+      'dense': after_compiling(jax.jit(lambda *a: dense_attention(*a)[0]), q, k, v, *place),
       'score': score,
-      'select': best(select, iq, ik, gate, *place) - score,
-      'attend': best(jax.jit(functools.partial(bench_attention_cpu.attend, index.topk)), everything, words),
-      'sparse': best(jax.jit(lambda *a: sparse(*a).o_BTHK), *everything),
+      'select': after_compiling(select, iq, ik, gate, *place) - score,
+      'attend': after_compiling(jax.jit(functools.partial(bench_attention_cpu.attend, index.topk)), everything, words),
+      'sparse': after_compiling(jax.jit(lambda *a: sparse(*a).o_BTHK), *everything),
   }

@@ -1,6 +1,7 @@
 """The tables of `keye bench model` (docs/model_speed.md) and `keye bench video` (docs/data.md), from their records:
 
-  keye bench model --peer transformers --dsa 65536 --json --out docs/results/model.json
+  keye bench model --peer transformers --json --out docs/results/model.json
+  keye bench model --dsa 65536 --json --out docs/results/sparse.json
   keye bench video --json --out docs/results/video.json
   python -m launch.bench_page
 """
@@ -11,13 +12,15 @@ from typing import Any
 from launch import results
 
 DOCS = results.FOLDER.parent
-PAGES = {'model': DOCS / 'model_speed.md', 'video': DOCS / 'data.md'}
+PAGES = {'model': DOCS / 'model_speed.md', 'sparse': DOCS / 'model_speed.md', 'video': DOCS / 'data.md'}
 
 
 def block(name: str, said: Mapping[str, Any] | None) -> str:
   """The generated part of a page; None before there is a record."""
   if said is None:
     return 'Nothing is recorded yet.'
+  if name == 'sparse':
+    return sparse_parts(said)
   (peer, theirs), = said['baselines'].items()
   ours, unit, more = said['arms']['keye_jax']['0'], {'model': 'tokens', 'video': 'frames'}[name], MORE[name]
   head = ['', f'keye_jax, {unit}/s', f'{peer}, {unit}/s', 'times as fast', '95% interval', *more(said)]
@@ -36,11 +39,14 @@ def block(name: str, said: Mapping[str, Any] | None) -> str:
       f'`{said["command"]}`, {said["n"]} rounds, {versions}, commit {said["commit"][:10]}, on {said["hardware"]}. '
       f'Medians of the rounds, the ratio that of a round. Others used at most {others:.2f} cores; a fixed product took '
       f'{min(probes.values()):.0%} to {max(probes.values()):.0%} longer in the slowest round than in the fastest.', '',
-      f'{said["claim"][0].upper()}{said["claim"][1:]}: {said["verdict"]} ({said["why"]}).',
-      *(sparse_parts(said['dsa']) if said.get('dsa') else ())])
+      verdict(said)])
 
 
-def sparse_parts(found: Mapping[str, Any]) -> list[str]:
+def verdict(said: Mapping[str, Any]) -> str:
+  return f'{said["claim"][0].upper()}{said["claim"][1:]}: {said["verdict"]} ({said["why"]}).'
+
+
+def sparse_parts(found: Mapping[str, Any]) -> str:
   """Lines about one layer's attention as the row grows: what launch/bench_dsa.py measured."""
   sizes = list(next(iter(found['seconds'].values())))
   head = ['one layer, seconds at', *(f'{int(n):,}' for n in sizes), 'grows as']
@@ -50,8 +56,11 @@ def sparse_parts(found: Mapping[str, Any]) -> list[str]:
     cells = [f'{row[n]:.2f}' for n in sizes] + ['–' if power is None else f'S^{power:.2f}']
     lines.append(f'| {part} | {" | ".join(cells)} |')
   whole = ', '.join(f'{name} {seconds:.0f} s' for name, seconds in found['prefill seconds'].items())
-  return ['', *lines, '',
-          f'{found["topk"]:,} keys. Prefill of {found["prefill tokens"]:,} tokens by all layers: {whole}.']
+  return '\n'.join([
+      *lines, '', f'{found["topk"]:,} keys. Prefill of {found["prefill tokens"]:,} tokens by all layers: {whole}.', '',
+      f'`{found["command"]}`, jax {found["versions"]["jax"]}, commit {found["commit"][:10]}, on {found["hardware"]}.',
+      '',
+      verdict(found)])
 
 
 def of_model(said: Mapping[str, Any], task: str = '') -> dict[str, str]:

@@ -86,6 +86,10 @@ def keep_compilations() -> None:
   root = pathlib.Path(os.environ.get('KEYE_CACHE') or pathlib.Path.home() / '.cache' / 'keye_jax')
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(root / 'jax'))
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
+  if not any(map(glob.glob, ACCELERATORS)):
+    # Of a program that was kept, XLA for CPUs says in 2,000 characters that the processor lacks `prefer-no-gather`,
+    # which is a preference of the compiler. What goes wrong is raised as an exception, with this or without it.
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 
 def split(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -125,7 +125,7 @@ def all_visible(q_segment_QT, k_segment_PS, q_order_QT, k_order_PS, causal: bool
 
 
 def whole_first(meet_QP: jax.Array, whole_QP: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(key tiles of each query tile, those seen whole before the others that it meets; numbers of the former, of both)."""
+  """(key tiles of each query tile, those seen whole before others that it meets; numbers of the former, of both)."""
   rank_QP = jnp.where(whole_QP, 0, jnp.where(meet_QP, 1, 2))
   count = lambda n: (rank_QP <= n).sum(-1, dtype=jnp.int32)
   return jnp.argsort(rank_QP, axis=-1, stable=True).astype(jnp.int32), count(0), count(1)

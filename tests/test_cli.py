@@ -100,3 +100,11 @@ def test_a_process_on_a_cpu_begins_again_with_memory_that_is_kept(monkeypatch):
 def test_the_command_runs_after_it_began_again():
   done = subprocess.run([sys.executable, '-m', 'launch.cli', 'trian'], capture_output=True, text=True)
   assert done.returncode == 2 and done.stderr == "keye: no command 'trian'; did you mean `keye train`?\n"
+
+
+@pytest.mark.parametrize('accelerators, level', [((), '3'), (('/dev/nul[l]',), None)])
+def test_xla_is_quiet_where_there_is_no_accelerator(monkeypatch, accelerators, level):
+  monkeypatch.setattr(cli.os, 'environ', {})
+  monkeypatch.setattr(cli, 'ACCELERATORS', accelerators)
+  cli.keep_compilations()
+  assert cli.os.environ.get('TF_CPP_MIN_LOG_LEVEL') == level

@@ -78,7 +78,7 @@ def test_exponent():
 class TestRecord:
 
   def test_shown(self):
-    out = bench.record(bench.TASKS, everything(), None, args(), {'torch': '2'})
+    out = bench.record(bench.TASKS, everything(), args(), {'torch': '2'})
     assert out['verdict'] == 'shown' and out['versions']['torch'] == '2'
     assert out['medians of ratios'] == {t.name: 1.5 for t in bench.TASKS}
     assert out['intervals'] == {t.name: (1.5, 1.5) for t in bench.TASKS}
@@ -89,20 +89,11 @@ class TestRecord:
     assert '| prefill 2048 | 2,048 | 1,365 | 1.50 | 1.50 to 1.50 | 0.' in page and '| 1.50 to 1.50 | – | – |' in page
     assert page.endswith(': shown (every interval lies at or above its floor).')
 
-  def test_page_of_the_parts_of_sparse_attention(self):
-    parts = {'dense': {'8192': 1.0, '16384': 4.0}, 'select': {'8192': 0.25, '16384': 0.5}}
-    dsa = {'topk': 2048, 'seconds': parts, 'exponents': {'dense': 2.0, 'select': None}, 'prefill tokens': 16384,
-           'prefill seconds': {'dense': 40.0, 'sparse': 30.0}}
-    page = bench_page.block('model', bench.record(bench.TASKS, everything(), dsa, args(), {}))
-    assert '| one layer, seconds at | 8,192 | 16,384 | grows as |' in page
-    assert '| dense | 1.00 | 4.00 | S^2.00 |' in page and '| select | 0.25 | 0.50 | – |' in page
-    assert page.endswith('2,048 keys. Prefill of 16,384 tokens by all layers: dense 40 s, sparse 30 s.')
-
   def test_share_of_a_large_product(self):
     """8 layers of 655,360 (q, k, v, o) + 4 x 393,216 (experts) + 16,384 (router) multiply-adds a token, 1,024.5 keys on
     average, the head for one token; against 1024^3 of them in 0.01 s. Our prefill makes the last layer's 131,072 for
     keys and values alone."""
-    out = bench.record(bench.TASKS, everything(), None, args(), {})['share of one large product']
+    out = bench.record(bench.TASKS, everything(), args(), {})['share of one large product']
     layers, keys, head = 8 * (655360 + 4 * 393216 + 16384), 8 * 2 * 8 * 64 * 1024.5, 512 * 8192
     ours = 2048 * ((layers + keys) * 7 / 8 + 131072) + head
     assert out['prefill 2048']['keye_jax'] == pytest.approx(ours / 1.0 * 0.01 / 1024 ** 3)
@@ -113,11 +104,11 @@ class TestRecord:
     assert 'decode after 1024' not in out
 
   def test_below_the_floor(self):
-    out = bench.record(bench.TASKS, everything() | {'train 2048': rounds(1.0, 1.1)}, None, args(), {})
+    out = bench.record(bench.TASKS, everything() | {'train 2048': rounds(1.0, 1.1)}, args(), {})
     assert out['verdict'] == 'not shown' and out['why'] == 'not above the floor: train 2048 1.10 (1.10 to 1.10)'
 
   def test_void(self):
-    out = bench.record(bench.TASKS, everything() | {'train 2048': rounds(1.0, 2.0, others=0.5)}, None, args(), {})
+    out = bench.record(bench.TASKS, everything() | {'train 2048': rounds(1.0, 2.0, others=0.5)}, args(), {})
     assert out['verdict'] == 'not shown' and out['why'].startswith('train 2048: void, other processes')
     assert 'VOID' in bench.table(out)
 
@@ -126,7 +117,7 @@ class TestRecord:
     (bench.TASKS, {'peer': None}, 'no peer was measured')])
   def test_part_of_it_shows_nothing(self, tasks, kwargs, why):
     found = {t.name: everything()[t.name] for t in tasks}
-    out = bench.record(tasks, found, None, args(**kwargs), {})
+    out = bench.record(tasks, found, args(**kwargs), {})
     assert out['verdict'] == 'not shown' and why in out['why']
 
 
@@ -201,6 +192,28 @@ def test_parts_of_sparse_attention():
   assert set(found['seconds']) == {'dense', 'score', 'select', 'attend', 'sparse'} == set(found['exponents'])
   assert all(list(row) == ['64', '128'] for row in found['seconds'].values())
   assert set(found['prefill seconds']) == {'dense', 'sparse'} and len(said) == 4
+
+
+@pytest.mark.parametrize('sparse, verdict', [(30.0, 'shown (sparse takes 0.75'),
+                                             (50.0, 'not shown (sparse takes 1.25')])
+def test_record_and_page_of_the_parts_of_sparse_attention(sparse, verdict):
+  from launch import bench_dsa
+  out = bench_dsa.record({
+      'topk': 2048, 'seconds': {'dense': {'8192': 1.0, '16384': 4.0}, 'select': {'8192': 0.25, '16384': 0.5}},
+      'exponents': {'dense': 2.0, 'select': None}, 'prefill tokens': 16384,
+      'prefill seconds': {'dense': 40.0, 'sparse': sparse}})
+  page = bench_page.block('sparse', out)
+  assert '| one layer, seconds at | 8,192 | 16,384 | grows as |' in page
+  assert '| dense | 1.00 | 4.00 | S^2.00 |' in page and '| select | 0.25 | 0.50 | – |' in page
+  assert f'Prefill of 16,384 tokens by all layers: dense 40 s, sparse {sparse:.0f} s.' in page
+  assert f'{verdict} of the time of dense attention).' in page and 'grows as n^2.00' in bench_dsa.table(out)
+
+
+@pytest.mark.parametrize('extra', [dict(peer='transformers'), dict(task=['train 2048'])])
+def test_parts_of_sparse_attention_are_measured_alone(extra):
+  from launch import bench_dsa
+  with pytest.raises(InputError, match='measured alone'):
+    bench_dsa.run(argparse.Namespace(**dict(dsa=16384, peer=None, task=None) | extra))
 
 
 def test_growth_needs_two_lengths():
