@@ -60,8 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--rounds', type=int, default=9)
   parser.add_argument('--task', action='append', choices=[t.name for t in TASKS], help='only these; several times')
   parser.add_argument('--dsa', type=int, default=0, metavar='TOKENS',
-                      help='instead: the parts of sparse attention from 8192 to TOKENS, and prefill at TOKENS with '
-                      'sparse and with dense attention')
+                      help='instead: the parts of sparse attention of one layer from 8192 to TOKENS')
   chosen = dict(action='append', help='`attention`: only these; several times')
   parser.add_argument('--length', type=int, metavar='TOKENS', **chosen)
   parser.add_argument('--union', choices=('1', '2', '4', '8', 'random'), **chosen)

@@ -1,7 +1,6 @@
 """Our side of `keye bench model`: prefill, training step and decoding of one mid-sized decoder, through the functions
 that training and generation use.
 """
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -34,10 +33,6 @@ def peer_shape(config: ModelConfig) -> dict:
               rms_norm_eps=t.norm_eps, max_position_embeddings=t.max_position)
 
 
-def sparse(config: ModelConfig) -> ModelConfig:
-  return dataclasses.replace(config, attention='sparse', text=dataclasses.replace(config.text, indexer=INDEXER))
-
-
 def text_batch(config: ModelConfig, tokens: int, seed: int = 0) -> Batch:
   """One row of random text."""
   rng = np.random.default_rng(seed)
@@ -60,20 +55,15 @@ def flops(config: ModelConfig, kind: str, tokens: int, whole: bool) -> float:
   return {'prefill': tokens * read + part['head'], 'train': 3 * tokens * (each + part['head'])}.get(kind, 0.0)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def read(config: ModelConfig, params, batch: Batch, last_BQ):
   """A prompt as generation reads it: first token and caches. The peer computes the last token's logits alone."""
   return frontier.read_prompts(config, params, batch, last_BQ, frontier.GREEDY, None)
 
 
 def prefill(config: ModelConfig, params, tokens: int) -> Callable[[], float]:
-  program = reading(config, params, tokens)
-  return lambda: timed(*program)[0]
-
-
-def reading(config: ModelConfig, params, tokens: int) -> tuple:
-  """A jitted function of arrays that reads a prompt of `tokens`, and its arguments."""
-  last_BQ = jnp.full((1, 1), tokens - 1)
-  return jax.jit(functools.partial(read, config)), params, text_batch(config, tokens), last_BQ
+  batch, last_BQ = text_batch(config, tokens), jnp.full((1, 1), tokens - 1)
+  return lambda: timed(read, config, params, batch, last_BQ)[0]
 
 
 def train(config: ModelConfig, params, tokens: int) -> Callable[[], float]:

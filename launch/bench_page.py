@@ -55,12 +55,10 @@ def sparse_parts(found: Mapping[str, Any]) -> str:
     power = found['exponents'][part]
     cells = [f'{row[n]:.2f}' for n in sizes] + ['–' if power is None else f'S^{power:.2f}']
     lines.append(f'| {part} | {" | ".join(cells)} |')
-  whole = ', '.join(f'{name} {seconds:.0f} s' for name, seconds in found['prefill seconds'].items())
   return '\n'.join([
-      *lines, '', f'{found["topk"]:,} keys. Prefill of {found["prefill tokens"]:,} tokens by all layers: {whole}.', '',
-      f'`{found["command"]}`, jax {found["versions"]["jax"]}, commit {found["commit"][:10]}, on {found["hardware"]}.',
-      '',
-      verdict(found)])
+      *lines, '',
+      f'`{found["command"]}`, {found["topk"]:,} keys, the better of two calls, jax {found["versions"]["jax"]}, commit '
+      f'{found["commit"][:10]}, on {found["hardware"]}.', '', verdict(found)])
 
 
 def of_model(said: Mapping[str, Any], task: str = '') -> dict[str, str]:

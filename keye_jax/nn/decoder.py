@@ -121,8 +121,8 @@ def run(config: ModelConfig, layer_params, x_BTD, position_BT3, segment_BT, orde
 
 
 def read(config: ModelConfig, block: Callable, last_ctx: Context, layer_params, x_BTD):
-  """`run` where only some tokens ask: `block` for all layers, the last one with `last_ctx`. One scan still, since
-  parameters or caches of all layers but one would be a copy."""
+  """`run` where only some tokens ask: `block` for all layers, the last one with `last_ctx`. One scan over all of them:
+  with the last one apart, XLA would copy the parameters of the others, and put their keys and values together again."""
   def step(carry, inputs):
     is_last, params = inputs
 

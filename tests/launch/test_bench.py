@@ -189,24 +189,24 @@ def test_parts_of_sparse_attention():
                              ffn=8, experts=2, experts_per_token=1)
   said = []
   found = bench_dsa.measure(128, said.append, 64, dataclasses.replace(bench_model.MODEL, text=text))
-  assert set(found['seconds']) == {'dense', 'score', 'select', 'attend', 'sparse'} == set(found['exponents'])
-  assert all(list(row) == ['64', '128'] for row in found['seconds'].values())
-  assert set(found['prefill seconds']) == {'dense', 'sparse'} and len(said) == 4
+  names = {'dense', 'score', *(f'{part}, u = {u}' for part in ('select', 'attend', 'sparse') for u in (4, 'random'))}
+  assert set(found['seconds']) == names == set(found['exponents']) and found['topk'] == 16
+  assert all(list(row) == ['64', '128'] for row in found['seconds'].values()) and len(said) == 2
 
 
-@pytest.mark.parametrize('sparse, verdict', [(30.0, 'shown (sparse takes 0.75'),
-                                             (50.0, 'not shown (sparse takes 1.25')])
+@pytest.mark.parametrize('sparse, verdict', [(3.0, 'shown (0.75'), (5.0, 'not shown (1.25')])
 def test_record_and_page_of_the_parts_of_sparse_attention(sparse, verdict):
   from launch import bench_dsa
+  rows = {'dense': (1.0, 4.0), 'select, u = 4': (0.25, 0.5), 'sparse, u = 4': (1.0, sparse),
+          'sparse, u = random': (1.0, 6.0)}
   out = bench_dsa.record({
-      'topk': 2048, 'seconds': {'dense': {'8192': 1.0, '16384': 4.0}, 'select': {'8192': 0.25, '16384': 0.5}},
-      'exponents': {'dense': 2.0, 'select': None}, 'prefill tokens': 16384,
-      'prefill seconds': {'dense': 40.0, 'sparse': sparse}})
+      'topk': 2048, 'seconds': {name: dict(zip(('8192', '16384'), row)) for name, row in rows.items()},
+      'exponents': dict.fromkeys(rows) | {'dense': 2.0}})
   page = bench_page.block('sparse', out)
   assert '| one layer, seconds at | 8,192 | 16,384 | grows as |' in page
-  assert '| dense | 1.00 | 4.00 | S^2.00 |' in page and '| select | 0.25 | 0.50 | – |' in page
-  assert f'Prefill of 16,384 tokens by all layers: dense 40 s, sparse {sparse:.0f} s.' in page
-  assert f'{verdict} of the time of dense attention).' in page and 'grows as n^2.00' in bench_dsa.table(out)
+  assert '| dense | 1.00 | 4.00 | S^2.00 |' in page and '| select, u = 4 | 0.25 | 0.50 | – |' in page
+  assert f'in a prefill of 16384 tokens: {verdict} of its time at u = 4, 1.50 of its time at u = random).' in page
+  assert 'grows as n^2.00' in bench_dsa.table(out)
 
 
 @pytest.mark.parametrize('extra', [dict(peer='transformers'), dict(task=['train 2048'])])
