@@ -166,11 +166,12 @@ def test_a_small_policy_step_is_planned(capfd):
 @pytest.mark.slow
 @pytest.mark.skipif(not rows.installed('h100'), reason='needs the CUDA plugin, of the extra `aot`')
 def test_a_small_prefill_is_planned_for_gpus(capfd):
-  """Rows of a length that the kernels are for."""
+  """Rows of a length that the kernels are for; the newest token, for which the last layer answers, is one tile. Nothing
+  is learnt."""
   words = ['--topology', 'h100:4', '--what', 'prefill', '--config.data.tokens=32768', '--config.model.text.layers=1']
   assert cli.main([*WORDS, *words, '--json']) == 0
   found = json.loads(capfd.readouterr().out)
   assert found['device'] == 'NVIDIA H100 80GB HBM3' and found['mesh'] == {'data': 1, 'context': 2, 'expert': 2}
-  assert found['ops'] == {'dsa_attention_forward_kl': 'gpu', 'indexer_recall': 'xla', 'routed_swiglu_forward': 'gpu'}
+  assert found['ops'] == {'dsa_attention_forward': 'gpu, xla', 'routed_swiglu_forward': 'gpu'}
   assert found['bytes']['fits'] and found['bytes']['temporaries'] > 0 and found['largest'][0]['bytes'] > 0
   assert found['hbm_s_without_masked'] < found['hbm_s'] and found['sent_bytes']['expert'] > 0
