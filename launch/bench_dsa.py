@@ -7,8 +7,8 @@ dense attention.
     attend   attention to a selection that is given
     sparse   the fused op of the three, without the indexer's loss: what a prefill runs
 
-Inputs are those of `keye bench attention` (launch/bench_attention_parts.py), whole rows of them: u(16) is 4, as in
-trained models, and random, where neighbouring queries have nothing in common.
+Inputs are those of `keye bench attention` (launch/bench_attention_parts.py), whole rows of them: u(16) is 4, for which
+the claims of that benchmark are made, and random, where neighbouring queries have nothing in common.
 """
 import argparse
 import functools
@@ -30,7 +30,7 @@ from pallas_kernels.index_select import index_select
 
 SMALLEST = 8192
 UNIONS = HEADLINE, 'random'
-CLAIM = ('on a CPU sparse attention with u = {} takes no longer than dense attention in a prefill of {} tokens')
+CLAIM = 'on a CPU sparse attention with u = {} takes no longer than dense attention in a prefill of {} tokens'
 
 
 def run(args: argparse.Namespace) -> int:
