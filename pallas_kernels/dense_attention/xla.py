@@ -20,6 +20,7 @@ from pallas_kernels.mask import NEG_INF, visible
 SMALL = 512                # rows with at most this many keys are one tile
 FEW = 16                   # so are this few queries (decoding), however many the keys
 QUERY_ROWS = 2048          # query rows of a tile, all heads together
+BACKWARD_KEYS = 128        # keys of a tile, backward: four arrays of logits are at work there, forward one
 MASKS = 1 << 24            # places of query and key, of all rows together, up to which masks are made before the loop
 
 
@@ -83,13 +84,14 @@ def attend_one(q_GNK, k_GSK, v_GSK, bias_TS, scale):
 
 
 def backward_one(q_GNK, k_GSK, v_GSK, lse_GN, delta_GN, do_GNK, bias_TS, *, scale):
-  return tiles.gradients(q_GNK, k_GSK, v_GSK, lse_GN, delta_GN, do_GNK, bias_TS, scale)[1:]
+  _, dq_GNK, dk_GKS, dv_GKS = tiles.gradients(q_GNK, k_GSK, v_GSK, lse_GN, delta_GN, do_GNK, bias_TS, scale)
+  return dq_GNK, *tiles.transposed(dk_GKS, dv_GKS)
 
 
-def cut_row(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, causal):
-  """Tile size of the queries, then keys and values in tiles, the mask of a tile pair, and `tiles.whole_first`."""
+def cut_row(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, causal, keys):
+  """Tile size of the queries, then keys and values in tiles of `keys`, the mask of a tile pair, and
+  `tiles.whole_first`."""
   (G, N, _), T = q_GNK.shape, len(q_order_T)
-  keys = key_tile()
   block = min(keys, -(-T // 8) * 8) if tiles.large() else query_tile(T, G * N // T)
   cut = lambda x, axis, size, value=0: tiles.cut(tiles.pad(x, axis, size, value), axis, size)
   q_segment_QT, q_order_QT = cut(q_segment_T, 0, block, tiles.QUERY_PAD), cut(q_order_T, 0, block)
@@ -128,7 +130,7 @@ def join_queries(x_QGNK, T: int, block: int):
 def forward_tiles(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, *, causal, scale):
   T = len(q_order_T)
   block, (k_PGSK, v_PGSK), mask, met = cut_row(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S,
-                                               causal)
+                                               causal, key_tile())
   is_bounded = tiles.bounded(q_GNK, k_GSK, scale)
 
   def one(query):
@@ -143,23 +145,23 @@ def forward_tiles(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_or
 def backward_tiles(q_GNK, k_GSK, v_GSK, lse_GN, delta_GN, do_GNK, q_segment_T, k_segment_S, q_order_T, k_order_S, *,
                    causal, scale):
   T, S = len(q_order_T), len(k_order_S)
-  block, (k_PGSK, v_PGSK), mask, (tile_QP, _, count_Q) = cut_row(q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S,
-                                                                 q_order_T, k_order_S, causal)
+  block, (k_PGSK, v_PGSK), mask, (tile_QP, _, count_Q) = cut_row(
+      q_GNK, k_GSK, v_GSK, q_segment_T, k_segment_S, q_order_T, k_order_S, causal, tiles.large() or BACKWARD_KEYS)
   queries = [cut_queries(x, T, block) for x in (q_GNK, lse_GN, delta_GN, do_GNK)]
 
   def one(grads, query):
     i, tile_P, count, q_GNK, lse_GN, delta_GN, do_GNK = query
 
     def step(n, carry):
-      dq_GNK, dk_PGSK, dv_PGSK = carry
+      dq_GNK, dk_PGKS, dv_PGKS = carry
       p = tile_P[n]
       _, dq, dk, dv = tiles.gradients(q_GNK, k_PGSK[p], v_PGSK[p], lse_GN, delta_GN, do_GNK, tiles.bias(mask(i, p)),
                                       scale)
-      return dq_GNK + dq, dk_PGSK.at[p].add(dk), dv_PGSK.at[p].add(dv)
+      return dq_GNK + dq, dk_PGKS.at[p].add(dk), dv_PGKS.at[p].add(dv)
 
     dq_GNK, *grads = jax.lax.fori_loop(0, count, step, (jnp.zeros(q_GNK.shape), *grads))
     return tuple(grads), dq_GNK
 
-  init = jnp.zeros(k_PGSK.shape), jnp.zeros(v_PGSK.shape)
-  (dk_PGSK, dv_PGSK), dq_QGNK = jax.lax.scan(one, init, (jnp.arange(len(queries[0])), tile_QP, count_Q, *queries))
-  return (join_queries(dq_QGNK, T, block), tiles.join(dk_PGSK, 1)[:, :S], tiles.join(dv_PGSK, 1)[:, :S])
+  init = tuple(jnp.zeros(x.shape) for x in tiles.transposed(k_PGSK, v_PGSK))
+  dkv, dq_QGNK = jax.lax.scan(one, init, (jnp.arange(len(queries[0])), tile_QP, count_Q, *queries))
+  return join_queries(dq_QGNK, T, block), *(tiles.join(x, 1)[:, :S] for x in tiles.transposed(*dkv))

@@ -216,30 +216,31 @@ def backward(options: Options, arrays: Row, selection: Selection, index_lse_T, l
   per_query = jax.tree.map(lambda x: tiles.cut(tiles.pad(x, 0, row.size), 0, row.size), (index_lse_T, dkl_T))
 
   def one(carry, inputs):
-    buffer_PTS, dk_PGSK, dv_PGSK, dik_PSJ = carry
+    buffer_PTS, dk_PGKS, dv_PGKS, dik_PSJ = carry
     chunk, (lse_GN, delta_GN, do_GNK), (index_lse_T, dkl_T) = inputs
     buffer_PTS, _, word_MS = select(options, row, buffer_PTS, chunk, replay=True)
     tile_P, count, mask = selected_tiles(word_MS, row.size)
     iq_ITJ, gate_TI = index_queries(chunk)
 
     def step(n, carry):
-      (dq_GNK, diq_ITJ, dgate_TI), (dk_PGSK, dv_PGSK, dik_PSJ) = carry
+      (dq_GNK, diq_ITJ, dgate_TI), (dk_PGKS, dv_PGKS, dik_PSJ) = carry
       p = tile_P[n]
       bias_TS = tiles.bias(mask(p))
       p_GNS, dq, dk, dv = tiles.gradients(chunk.q_GNK, row.k_PGSK[p], row.v_PGSK[p], lse_GN, delta_GN, do_GNK, bias_TS,
                                           options.scale)
-      dq_GNK, dk_PGSK, dv_PGSK = dq_GNK + dq, dk_PGSK.at[p].add(dk), dv_PGSK.at[p].add(dv)
+      dq_GNK, dk_PGKS, dv_PGKS = dq_GNK + dq, dk_PGKS.at[p].add(dk), dv_PGKS.at[p].add(dv)
       if options.want_kl:
         diq, dik, dgate = kl_gradient_one(products(iq_ITJ, row.ik_PSJ[p]), head_mean(p_GNS, row.size), bias_TS, iq_ITJ,
                                           row.ik_PSJ[p], gate_TI, index_lse_T, dkl_T)
         diq_ITJ, dgate_TI, dik_PSJ = diq_ITJ + diq, dgate_TI + dgate, dik_PSJ.at[p].add(dik)
-      return (dq_GNK, diq_ITJ, dgate_TI), (dk_PGSK, dv_PGSK, dik_PSJ)
+      return (dq_GNK, diq_ITJ, dgate_TI), (dk_PGKS, dv_PGKS, dik_PSJ)
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), (chunk.q_GNK, iq_ITJ, gate_TI))
-    dqueries, dkeys = jax.lax.fori_loop(0, count, step, (zeros, (dk_PGSK, dv_PGSK, dik_PSJ)))
+    dqueries, dkeys = jax.lax.fori_loop(0, count, step, (zeros, (dk_PGKS, dv_PGKS, dik_PSJ)))
     return (buffer_PTS, *dkeys), dqueries
 
-  init = start_buffer(row), *(jnp.zeros(x.shape) for x in (row.k_PGSK, row.v_PGSK, row.ik_PSJ))
-  (_, dk, dv, dik), (dq, diq, dgate) = jax.lax.scan(one, init, (row.chunks, stacked, per_query))
+  init = start_buffer(row), *(jnp.zeros(x.shape) for x in (*tiles.transposed(row.k_PGSK, row.v_PGSK), row.ik_PSJ))
+  (_, *dkv, dik), (dq, diq, dgate) = jax.lax.scan(one, init, (row.chunks, stacked, per_query))
+  dk, dv = tiles.transposed(*dkv)
   return (join_queries(dq, T, row.size), tiles.join(dk, 1)[:, :S], tiles.join(dv, 1)[:, :S],
           tiles.join(diq, 1)[:, :T], tiles.join(dik, 0)[:S], tiles.join(dgate, 0)[:T])

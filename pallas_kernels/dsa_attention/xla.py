@@ -80,4 +80,4 @@ def backward_one(options, row: Row, bias_TS, index_lse_T, lse_GN, delta_GN, do_G
     index = kl_gradient_one(z_ITS, p_TS, bias_TS, row.iq_ITJ, row.ik_SJ, row.gate_TI, index_lse_T, dkl_T)
   else:
     index = [jnp.zeros(x.shape) for x in (row.iq_ITJ, row.ik_SJ, row.gate_TI)]
-  return dq, dk, dv, *index
+  return dq, *tiles.transposed(dk, dv), *index

@@ -56,8 +56,8 @@ def cut_index(row: Row, block: int):
 
 def cut_all(row: Row):
   """(query tile size, [arrays of the query tiles], key tiles, target of a tile pair)."""
-  block, (k_PGSK, _), mask, (tile_QP, _, count_Q) = cut_row(row.q_GNK, row.k_GSK, row.k_GSK, row.q_segment_T,
-                                                            row.k_segment_S, row.q_order_T, row.k_order_S, True)
+  block, (k_PGSK, _), mask, (tile_QP, _, count_Q) = cut_row(
+      row.q_GNK, row.k_GSK, row.k_GSK, row.q_segment_T, row.k_segment_S, row.q_order_T, row.k_order_S, True, key_tile())
   iq_QITJ, gate_QTI, ik_PSJ = cut_index(row, block)
   T = len(row.q_order_T)
   queries = (jnp.arange(len(tile_QP)), tile_QP, count_Q, cut_queries(row.q_GNK, T, block),

@@ -33,6 +33,7 @@ from pallas_kernels.indexer_warmup import indexer_warmup
 KINDS = ('reference', 'xla', 'tiles')
 GPU = pytest.param('gpu', marks=pytest.mark.slow)     # by default its kernels have test_*_gpu.py
 SMALL = ((tiles, 'KEYS', 8), (dense_xla, 'SMALL', 4), (dense_xla, 'FEW', 0), (dense_xla, 'QUERY_ROWS', 32),
+         (dense_xla, 'BACKWARD_KEYS', 8),
          (index_xla, 'SMALL', 0), (index_xla, 'QUERIES', 4), (index_xla, 'WIDE', 8), (index_xla, 'LENGTHS', 2),
          (index_tpu, 'GROUPS', (8,)), (index_tpu, 'MANY', 2), (index_tpu, 'WIDE', 16), (tpu_call, 'INTERPRET', True),
          (dense_tpu, 'ROWS', 32), (dense_tpu, 'KEYS', (16, 16)),

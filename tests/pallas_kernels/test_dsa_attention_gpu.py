@@ -54,7 +54,7 @@ def expected(mask_MTS, x, carry):
     z_ITS, p_TS = products(iq, x['ik']), head_mean(p_GNS, T)
     kl_T, index_lse_T = kl_one(score(z_ITS, gate), p_TS, mask_TS)
     diq, dik, dgate = kl_gradient_one(z_ITS, p_TS, bias_TS, iq, x['ik'], gate, index_lse_T, dkl)
-    return lse_GN, kl_T, index_lse_T, (dk.swapaxes(0, 1), dv.swapaxes(0, 1), dik), (dq, diq, dgate)
+    return lse_GN, kl_T, index_lse_T, (jnp.moveaxis(dk, -1, 0), jnp.moveaxis(dv, -1, 0), dik), (dq, diq, dgate)
 
   lse, kl, index_lse, dkeys, dqueries = jax.vmap(one)(mask_MTS, *(x[n] for n in 'q do iq gate dkl delta'.split()))
   return lse, kl, index_lse, [c + d.sum(0) for c, d in zip(carry, dkeys)], dqueries
