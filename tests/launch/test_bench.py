@@ -66,9 +66,10 @@ def test_interval_of_a_median():
   assert 0.95 < held < 0.97                              # 0.961
 
 
-def test_the_first_call_of_a_turn_is_not_counted():
-  side = bench.awake(iter([5.0, 3.0, 6.0, 4.0]).__next__)
-  assert [side(), side()] == [3.0, 4.0]
+def test_the_last_call_of_a_turn_counts():
+  """At least the second, and after AWAKE seconds of calls."""
+  side = bench.awake(iter([5.0, 3.0, 6.0, 4.0, 0.5, 0.8, 0.6, 0.9]).__next__)
+  assert bench.AWAKE == 2 and [side(), side(), side()] == [3.0, 4.0, 0.9]
 
 
 def test_exponent():
