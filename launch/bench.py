@@ -192,8 +192,8 @@ def measure(tasks: Sequence[Task], bench_model, peer: Peer | None, rounds: int) 
 
 
 def awake(side: Callable[[], float]) -> Callable[[], float]:
-  """`side` for AWAKE seconds and at least twice, of which the last call counts: machines take memory from a process that
-  waits for its turn, and a training step right after 6 s of sleep then takes 1.4 times as long as the next."""
+  """`side` for AWAKE seconds and at least twice, of which the last call counts: machines take memory from a process
+  that waits for its turn, and a training step right after 6 s of sleep then takes 1.4 times as long as the next."""
   def run() -> float:
     seconds = [side(), side()]
     while sum(seconds) < AWAKE:
