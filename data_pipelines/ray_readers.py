@@ -139,9 +139,10 @@ class Pool:
         return
       self._actors.discard(actor)
       self._deaths += 1
+      deaths = self._deaths
       self._begin(TRIES)
     self._end({actor})                               # it may only be out of reach
-    self._report(f'data.readers: {what}; replaced, {self._deaths} so far ({why(error)})')
+    self._report(f'data.readers: {what}; replaced, {deaths} so far ({why(error)})')
 
   def _begin(self, tries: int) -> None:
     """Starts an actor, which takes rows from when it is there."""
