@@ -28,9 +28,8 @@ from data_pipelines.errors import InputError
 from launch import bench_rounds, results
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Seconds before the first round of a task and, of one side's calls, before the one that counts. A virtual machine is
-# slow while its host gives it memory, and whoever needs more of it is slow for longer: without the former the first
-# two rounds of a prefill took 1.5 times as long as the others on one side and 1.05 times on the other.
+# Seconds before the first round of a task and, of one side's calls, before the one that counts. The first rounds of a
+# prefill in a virtual machine took 1.5 times as long as the others on one side and 1.05 times on the other.
 WARM, AWAKE = 20, 2
 
 

@@ -228,7 +228,8 @@ def probabilities(q_GNK, k_GSK, lse_GN, bias_TS, scale) -> jax.Array:
 def gradients(q_GNK, k_GSK, v_GSK, lse_GN, delta_GN, do_GNK, bias_TS, scale):
   """(probabilities p_GNS, dq_GNK, dk_GKS, dv_GKS) of one tile, float32. delta is the sum of do * o over K.
 
-  dk and dv as the products leave them: whoever adds up tiles transposes the sum, not each (0.9 of the time on a CPU).
+  dk and dv as the products leave them: whoever adds up tiles transposes the sum, not each, which on a CPU takes 0.9 of
+  the time of a row of 8,192 tokens, 0.99 of one of 2,048.
   """
   p_GNS = probabilities(q_GNK, k_GSK, lse_GN, bias_TS, scale)
   dx_GNS = p_GNS * (dot('GNK,GSK->GNS', do_GNK, v_GSK) - delta_GN[..., None])

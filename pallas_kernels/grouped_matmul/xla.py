@@ -28,12 +28,12 @@ class Tile(NamedTuple):
 
 
 def buckets(N: int, E: int) -> tuple[int, ...]:
-  """Tile lengths for N rows over E experts: quarters of about an expert's mean share, finer around it, where an even
-  router's experts are."""
+  """Tile lengths for N rows over E experts: quarters of about an expert's mean share, finer right above it, where the
+  experts of an even router are."""
   step = 16
   while step < 128 and step * 4 < N / E:
     step *= 2
-  sizes = [int(step * n) for n in (1, 2, 3, 3.75, 4, 4.25, 4.5, 6, 8) if step * n <= MAX_TILE]
+  sizes = [int(step * n) for n in (1, 2, 3, 4, 4.5, 5, 6, 8) if step * n <= MAX_TILE]
   fits = [b for b in sizes if b < N]
   return tuple(fits) + ((min(N, sizes[-1]),) if len(fits) < len(sizes) else ())
 
