@@ -30,7 +30,7 @@ from launch import bench_rounds, results
 ROOT = pathlib.Path(__file__).parent.parent
 # Seconds before the first round of a task and, of one side's calls, before the one that counts. The first rounds of a
 # prefill in a virtual machine took 1.5 times as long as the others on one side and 1.05 times on the other.
-WARM, AWAKE = 20, 2
+WARM, AWAKE = 20, 8
 
 
 class Task(NamedTuple):
@@ -191,8 +191,9 @@ def measure(tasks: Sequence[Task], bench_model, peer: Peer | None, rounds: int) 
 
 
 def awake(side: Callable[[], float]) -> Callable[[], float]:
-  """`side` for AWAKE seconds and at least twice, of which the last call counts: machines take memory from a process
-  that waits for its turn, and a training step right after 6 s of sleep then takes 1.4 times as long as the next."""
+  """`side` for AWAKE seconds and at least twice, of which the last call counts. A virtual machine may take the pages of
+  a process away while it waits for its turn: after 6 s a training step takes 1.4 times as long, the next one some 1.05
+  times, later ones as long as without a wait."""
   def run() -> float:
     seconds = [side(), side()]
     while sum(seconds) < AWAKE:

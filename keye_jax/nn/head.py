@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from keye_jax import sharding
+from keye_jax.nn.layers import product
 
 
 class TokenStats(NamedTuple):
@@ -39,7 +40,7 @@ def token_stats(layout: str, hidden_BTD: jax.Array, head_DV: jax.Array, target_B
   fields = tuple(f for w in want for f in names[w])
 
   def one(h_ND, head_DV, target_N):
-    z_NV = jnp.einsum('ND,DV->NV', h_ND, head_DV, preferred_element_type=jnp.float32)
+    z_NV = product(h_ND, head_DV, dtype='float32')
     lse_N = jax.nn.logsumexp(z_NV, -1)
     hit_NV = jnp.arange(z_NV.shape[-1], dtype=target_N.dtype) == target_N[:, None]
     hit_N = jnp.where(hit_NV, z_NV, 0).sum(-1)

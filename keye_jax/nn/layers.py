@@ -12,6 +12,7 @@ from flax.linen import initializers
 from jax.ad_checkpoint import checkpoint_name
 
 from keye_jax.sharding import Adapted
+from pallas_kernels import dispatch, tiles
 from pallas_kernels.equation import ATTENTION
 
 BLOCK = 'block'              # name of a block's input, for jax.checkpoint
@@ -44,9 +45,48 @@ def project(x: jax.Array, w: jax.Array | Adapted, axes: int = 1) -> jax.Array:
     return y if w.a is None else y + project(project(x, w.a, axes), w.b)
   rows, width = x.shape[:x.ndim - axes], math.prod(w.shape[:axes])
   if math.prod(rows) != 1 or not jax.typeof(x).sharding.mesh.empty:
-    return jnp.tensordot(x, w, axes)
+    return product(x, w, axes)
   y = (x.reshape(width, 1).astype(jnp.float32) * w.reshape(width, -1).astype(jnp.float32)).sum(0)
   return y.astype(x.dtype).reshape(rows + w.shape[axes:])
+
+
+def product(x: jax.Array, w: jax.Array, axes: int = 1, dtype: str | None = None) -> jax.Array:
+  """tensordot of x and a weight, in `dtype` or that of both.
+
+  In float32 on a CPU the weight's gradient, a sum over rows, is `tiles.inner`, from a gradient of the product that is
+  computed once and not in every loop that reads it. Under a mesh jax knows the sharding of a plain product's gradient.
+  """
+  if dispatch.platform() == 'cpu' and jax.typeof(x).sharding.mesh.empty and x.dtype == w.dtype == jnp.float32:
+    return _product(x, w, axes)
+  return jnp.tensordot(x, w, axes, preferred_element_type=dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x, w, axes):
+  return jnp.tensordot(x, w, axes)
+
+
+def _product_fwd(x, w, axes):
+  """Keeps what the gradients that somebody asks for read: a frozen weight's is not computed."""
+  saved = x.value if w.perturbed else None, w.value if x.perturbed else None, w.value.shape
+  return _product(x.value, w.value, axes), saved
+
+
+def _product_bwd(axes, saved, dy):
+  x, w, shape = saved
+  dy, width = jax.lax.optimization_barrier(dy), math.prod(shape[:axes])
+  dx = None if w is None else _back(dy, w, axes)
+  dw = None if x is None else tiles.inner(x.reshape(-1, width), dy.reshape(-1, math.prod(shape[axes:])))
+  return dx, dw if dw is None else dw.reshape(shape)
+
+
+def _back(dy: jax.Array, w: jax.Array, axes: int) -> jax.Array:
+  """The gradient of x in tensordot(x, w, axes)."""
+  made = w.ndim - axes
+  return jnp.tensordot(dy, w, (tuple(range(dy.ndim - made, dy.ndim)), tuple(range(axes, w.ndim))))
+
+
+_product.defvjp(_product_fwd, _product_bwd, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -61,9 +101,7 @@ def _scaled(y: jax.Array, scale: jax.Array) -> jax.Array:
 
 def _project_int8_bwd(axes, saved, dy):
   q, scale = saved
-  made = q.ndim - axes
-  last = range(dy.ndim - made, dy.ndim), range(axes, q.ndim)
-  return jnp.tensordot(_scaled(dy, scale), q.astype(dy.dtype), tuple(map(tuple, last))), None, None
+  return _back(_scaled(dy, scale), q.astype(dy.dtype), axes), None, None
 
 
 project_int8.defvjp(lambda x, q, scale, axes: (project_int8(x, q, scale, axes), (q, scale)), _project_int8_bwd)

@@ -68,8 +68,8 @@ def test_interval_of_a_median():
 
 def test_the_last_call_of_a_turn_counts():
   """At least the second, and after AWAKE seconds of calls."""
-  side = bench.awake(iter([5.0, 3.0, 6.0, 4.0, 0.5, 0.8, 0.6, 0.9]).__next__)
-  assert bench.AWAKE == 2 and [side(), side(), side()] == [3.0, 4.0, 0.9]
+  side = bench.awake(iter([5.0, 3.0, 6.0, 9.0, 4.0, 2.0, 2.5, 1.0]).__next__)
+  assert bench.AWAKE == 8 and [side(), side(), side()] == [3.0, 9.0, 2.5]
 
 
 def test_exponent():
