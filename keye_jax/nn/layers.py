@@ -56,7 +56,8 @@ def product(x: jax.Array, w: jax.Array, axes: int = 1, dtype: str | None = None)
   In float32 on a CPU the weight's gradient, a sum over rows, is `tiles.inner`, from a gradient of the product that is
   computed once and not in every loop that reads it. Under a mesh jax knows the sharding of a plain product's gradient.
   """
-  if dispatch.platform() == 'cpu' and jax.typeof(x).sharding.mesh.empty and x.dtype == w.dtype == jnp.float32:
+  alone = dispatch.platform() == 'cpu' and jax.typeof(x).sharding.mesh.empty
+  if alone and x.dtype == w.dtype == jnp.float32 and dtype in (None, 'float32'):
     return _product(x, w, axes)
   return jnp.tensordot(x, w, axes, preferred_element_type=dtype)
 
