@@ -191,9 +191,8 @@ def measure(tasks: Sequence[Task], bench_model, peer: Peer | None, rounds: int) 
 
 
 def awake(side: Callable[[], float]) -> Callable[[], float]:
-  """`side` for AWAKE seconds and at least twice, of which the last call counts. A virtual machine may take the pages of
-  a process away while it waits for its turn: after 6 s a training step takes 1.4 times as long, the next one some 1.05
-  times, later ones as long as without a wait."""
+  """`side` for AWAKE seconds and at least twice, of which the last call counts. In a virtual machine a training step
+  right after 6 s of waiting takes 1.4 times as long, the next one some 1.05 times (docs/model_speed.md)."""
   def run() -> float:
     seconds = [side(), side()]
     while sum(seconds) < AWAKE:
