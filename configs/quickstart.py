@@ -52,10 +52,10 @@ OPTIMIZER = OptimizerConfig(
     indexer_learning_rate=3e-3)
 
 
-def stage(name: str, runs: str = RUNS) -> RunConfig:
+def stage(name: str, runs: str = RUNS, seed: int = 0) -> RunConfig:
   """Config of one stage; `runs` holds data/ and the run folders of the stages before."""
   base = RunConfig(model=MODEL, optimizer=OPTIMIZER, data=dataclasses.replace(DATA, path=f'{runs}/data/clips.jsonl'),
-                   train=TrainConfig(steps=1000, batch=16, log_every=20, save_every=500, keep=1))
+                   train=TrainConfig(steps=1000, batch=16, log_every=20, save_every=500, keep=1, seed=seed))
 
   def run(after='', attention='dense', data=(), optimizer=(), **train) -> RunConfig:
     init = f'{runs}/{after}' if after else ''

@@ -1,6 +1,6 @@
 """The tables of `keye bench model` (docs/model_speed.md) and `keye bench video` (docs/data.md), from their records:
 
-  keye bench model --peer transformers --json --out docs/results/model.json
+  keye bench model --peer transformers --json --out docs/results/model.json     (model_zen4.json on that processor)
   keye bench model --dsa 65536 --json --out docs/results/sparse.json
   keye bench video --json --out docs/results/video.json
   python -m launch.bench_page
@@ -12,7 +12,8 @@ from typing import Any
 from launch import results
 
 DOCS = results.FOLDER.parent
-PAGES = {'model': DOCS / 'model_speed.md', 'sparse': DOCS / 'model_speed.md', 'video': DOCS / 'data.md'}
+SPEED = DOCS / 'model_speed.md'
+PAGES = {'model': SPEED, 'model_zen4': SPEED, 'sparse': SPEED, 'video': DOCS / 'data.md'}
 
 
 def block(name: str, said: Mapping[str, Any] | None) -> str:
@@ -22,7 +23,8 @@ def block(name: str, said: Mapping[str, Any] | None) -> str:
   if name == 'sparse':
     return sparse_parts(said)
   (peer, theirs), = said['baselines'].items()
-  ours, unit, more = said['arms']['keye_jax']['0'], {'model': 'tokens', 'video': 'frames'}[name], MORE[name]
+  kind = name.split('_')[0]            # what comes after it says on which machine
+  ours, unit, more = said['arms']['keye_jax']['0'], {'model': 'tokens', 'video': 'frames'}[kind], MORE[kind]
   head = ['', f'keye_jax, {unit}/s', f'{peer}, {unit}/s', 'times as fast', '95% interval', *more(said)]
   lines = [f'| {" | ".join(head)} |']
   lines.append('|---' * len(head) + '|')

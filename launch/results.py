@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,13 +24,17 @@ def record(name: str, claim: str, n: int, baselines: Mapping[str, Any], arms: Ma
 
   baselines: {name: {metric: value}}; arms: {arm: {seed: {metric: value}}}; intervals: {arm: {metric: [low, high]}}.
   """
-  content = {'claim': claim, 'command': command(sys.argv[1:]), 'commit': commit(), 'hardware': hardware(),
-             'versions': versions(), 'n': n, 'baselines': baselines, 'arms': arms, 'intervals': intervals,
+  content = {'claim': claim, **made(), 'n': n, 'baselines': baselines, 'arms': arms, 'intervals': intervals,
              'verdict': 'not shown' if why_not else 'shown', 'why': why_not, **more}
   FOLDER.mkdir(parents=True, exist_ok=True)
   path = FOLDER / f'{name}.json'
   path.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
   return path
+
+
+def made() -> dict[str, Any]:
+  """What an evidence file says of how it was made."""
+  return {'command': command(sys.argv[1:]), 'commit': commit(), 'hardware': hardware(), 'versions': versions()}
 
 
 def readme_block(said: Mapping[str, Any]) -> str:
@@ -91,13 +96,20 @@ def hardware() -> str:
   """Accelerators that jax sees, processor, usable cores and memory."""
   model, memory = platform.machine(), 0
   try:
-    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-    model = next((line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')), model)
+    model = processor(pathlib.Path('/proc/cpuinfo').read_text()) or model
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   except OSError:
     pass
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
   return accelerators() + f'{model}, {cores} cores' + (f', {memory / 2**30:.0f} GiB' if memory else '')
+
+
+def processor(cpuinfo: str) -> str:
+  """Name, family and model of the first processor in the text of /proc/cpuinfo; '' where it has none. A virtual machine
+  may say "AMD EPYC" of processors whose products differ by a factor of two."""
+  said = dict(re.findall(r'^(model name|cpu family|model)[ \t]*: (.+)$', cpuinfo.split('\n\n')[0], re.M))
+  name, family, model = (said.get(key, '').strip() for key in ('model name', 'cpu family', 'model'))
+  return name + (f' (family {family}, model {model})' if name and family and model else '')
 
 
 def accelerators() -> str:

@@ -11,7 +11,8 @@ the oracle (the k keys with the most head-averaged attention), a window with 4 s
 how often the answers to questions about pairs hidden all over such rows are found (keye_jax/evals/key_values.py).
 
 The same command goes on where it was stopped. OUT/warmup, OUT/sparse and OUT/dense are run folders; OUT/scores_N.json
-and OUT/answers_N.json hold what was measured on rows of N tokens.
+and OUT/answers_N.json hold what was measured on rows of N tokens. `--arm dense --arm 'dense, fine-tuned'` measures what
+fine-tuning alone changes, without the stages that it does not need.
 """
 import argparse
 import dataclasses
@@ -40,6 +41,7 @@ from launch import results, retrofit_page, runtime
 from launch.run_config import HELP, load
 
 SOURCE = 'source'             # the model as it came, with an untrained indexer
+BEFORE = {'sparse': 'warmup'} # stages that go on from another's weights; the warm-up changes nothing that `dense` reads
 TOPKS = (64, 128, 256, 512)
 
 
@@ -64,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--text', default='', help='folder of .py, .md, .rst and .txt files; default: the Python '
                       'standard library')
   parser.add_argument('--until', choices=(SOURCE, *STAGES), default=STAGES[-1], help='the last stage of this call')
+  parser.add_argument('--arm', action='append', choices=[arm.name for arm in ARMS], help='measure only these (several '
+                      'times), and train what they need; costs need `dense` among them')
   parser.add_argument('--windows', type=int, default=32, help='held-out rows that are scored; of longer rows (see '
                       '--length) fewer, as many tokens')
   parser.add_argument('--length', type=int, nargs='*', default=[], metavar='TOKENS', help='lengths of these rows; '
@@ -76,6 +80,10 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   stages = {name: load(f'{args.config}:{name}', config_args) for name in STAGES}
   if args.windows < 1:
     raise InputError(f'keye retrofit: --windows {args.windows} must be at least 1')
+  if args.arm and args.record:
+    raise InputError('keye retrofit: --record is of all arms; without it, --json prints those of --arm')
+  until = (SOURCE, *STAGES)[:(SOURCE, *STAGES).index(args.until) + 1]
+  arms = [arm for arm in ARMS if arm.stage in until and arm.name in (args.arm or [arm.name])]
   runtime.start('retrofit')
   results.commit()             # the commit that ran, whatever is checked out when an arm finishes
   out, first = pathlib.Path(args.out), stages[STAGES[0]]
@@ -87,17 +95,18 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
   trials = [trial(first, out, rows[n] / f'heldout_{n}.jsonl', n, max(args.windows * lengths[0] // n, 1), args.text)
             for n in lengths]
 
-  until = (SOURCE, *STAGES)[:(SOURCE, *STAGES).index(args.until) + 1]
+  measured_at = {arm.stage for arm in arms}
+  needed = measured_at | {BEFORE[name] for name in measured_at if name in BEFORE}
   steps = {SOURCE: 0}
-  for name in until[1:]:
+  for name in (name for name in STAGES if name in needed):
     result = loop.train(stages[name], out / name)
     if result.stopped_by:
       return 128 + result.stopped_by
     steps[name] = result.step
   for one in trials:
-    for name in until:
+    for name in (name for name in until if name in measured_at):
       params = weights(first, name, out, source)
-      for arm in (arm for arm in ARMS if arm.stage == name):
+      for arm in (arm for arm in arms if arm.stage == name):
         measured = functools.partial(evaluate, arm=arm, step=steps[name], config=first.model, params=params)
         measured(one.scores, measure, one.windows)
         measured(one.answers, answer, one.questions)
@@ -106,7 +115,7 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
           retrofit_page.record(contents(trials))
       del params
   found = retrofit_page.results_of(contents(trials))
-  print(json.dumps(found) if args.json else '\n'.join(retrofit_page.tables(found)))
+  print(json.dumps(results.made() | found) if args.json else '\n'.join(retrofit_page.tables(found)))
   return 0
 
 
@@ -147,8 +156,8 @@ def write_rows(folder: pathlib.Path, texts: str, source: str, tokens: int) -> pa
 
 
 def placed(stages: dict[str, RunConfig], out: pathlib.Path, source: str, rows: pathlib.Path) -> dict[str, RunConfig]:
-  """The stages with their data and what they start from: the warm-up from the model, the others from the warm-up."""
-  init = {STAGES[0]: source} | {name: str(out / STAGES[0]) for name in STAGES[1:]}
+  """The stages with their data and what they start from: the model, or the stage before."""
+  init = {name: str(out / BEFORE[name]) if name in BEFORE else source for name in STAGES}
   return {name: dataclasses.replace(c, data=dataclasses.replace(c.data, path=str(rows)),
                                     train=dataclasses.replace(c.train, init=init[name]))
           for name, c in stages.items()}

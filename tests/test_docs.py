@@ -59,7 +59,7 @@ def test_kernels_page_shows_what_was_timed(name):
   assert results.shown(kernels_page.PAGE, name) == kernels_page.block_timed(results.read(name))
 
 
-@pytest.mark.parametrize('name', ['model', 'video'])
+@pytest.mark.parametrize('name', ['model', 'model_zen4', 'video'])
 def test_pages_show_what_benchmarks_recorded(name):
   assert results.shown(bench_page.PAGES[name], name) == bench_page.block(name, results.read(name))
 

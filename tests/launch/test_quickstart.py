@@ -54,10 +54,10 @@ def test_report_shows_the_run(done):
 def test_evidence_file(done, tmp_path, monkeypatch):
   _, clock, evaluated = done
   monkeypatch.setattr(results, 'FOLDER', tmp_path / 'results')
-  said = json.loads(quickstart.record(clock, evaluated).read_text())
+  said = json.loads(quickstart.record(clock, evaluated, 3).read_text())
   assert said['verdict'] == 'not shown' and 'reading a digit' in said['why']
   assert set(said['arms']) == {'sparse', 'dense', quickstart.UNTRAINED_INDEXER}
-  assert set(said['arms']['sparse']) == {'0'} and 'miou' in said['arms']['sparse']['0']
+  assert set(said['arms']['sparse']) == {'3'} and 'miou' in said['arms']['sparse']['3']
   assert 'majority answer by type' in said['baselines'] and said['n'] == len(evaluated.found['sparse'].answers)
   assert {'claim', 'command', 'commit', 'hardware', 'versions', 'intervals'} <= said.keys()
   (tmp_path / 'README.md').write_text(f'# a\n{results.START.format("quickstart")}\nold\n{results.END}\nb\n')
@@ -65,7 +65,7 @@ def test_evidence_file(done, tmp_path, monkeypatch):
   results.refresh_readme()
   text = (tmp_path / 'README.md').read_text()
   assert text.startswith('# a\n') and text.endswith(f'{results.END}\nb\n') and 'old' not in text
-  assert f'| sparse | {said["arms"]["sparse"]["0"]["accuracy/count"]:.2f} |' in text and 'not shown' in text
+  assert f'| sparse | {said["arms"]["sparse"]["3"]["accuracy/count"]:.2f} |' in text and 'not shown' in text
 
 
 def test_recorded_command_names_no_folder_of_this_machine():
@@ -79,6 +79,13 @@ def test_stages_are_configs(name):
   config = freeze(RunConfig, recipe.get_config(name))
   assert config.model.text.indexer.topk * 4 <= 63      # tokens of the shortest clip with the shortest question
   assert config.data.grey == (name == 'blind')
+
+
+@pytest.mark.parametrize('name', recipe.STAGES)
+def test_a_seed_changes_nothing_else(name):
+  config = recipe.stage(name, seed=5)
+  assert config.train.seed == 5
+  assert dataclasses.replace(config, train=dataclasses.replace(config.train, seed=0)) == recipe.stage(name)
 
 
 def test_unknown_stage_is_named():

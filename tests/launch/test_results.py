@@ -24,6 +24,15 @@ def test_hardware_names_the_accelerators(monkeypatch):
   assert results.hardware() == f'2 x NVIDIA H100 80GB HBM3; {alone}'
 
 
+@pytest.mark.parametrize('cpuinfo, said', [
+  ('processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\nmodel name\t: other\n',
+   'AMD EPYC (family 26, model 2)'),
+  ('processor\t: 0\nmodel name\t: ARMv8\n', 'ARMv8'),
+  ('processor\t: 0\nBogoMIPS\t: 50.00\n', '')])
+def test_processors_of_one_name_differ_by_family(cpuinfo, said):
+  assert results.processor(cpuinfo) == said
+
+
 def test_a_copy_without_history_is_told_its_commit(monkeypatch, tmp_path):
   monkeypatch.setattr(results, 'FOLDER', tmp_path / 'docs' / 'results')
   results.FOLDER.mkdir(parents=True)

@@ -114,6 +114,19 @@ def test_every_arm_is_measured_once_and_the_command_goes_on(made, capsys, monkey
     command(words, '--config.model.text.indexer.heads=4')
 
 
+@pytest.mark.slow
+def test_the_control_needs_no_other_stage(made, capsys, tmp_path):
+  words, _ = made
+  words = [*words, '--out', str(tmp_path), '--arm', 'dense', '--arm', 'dense, fine-tuned']
+  assert command(words) == 0
+  said = json.loads(capsys.readouterr().out)
+  assert set(said['rows']['64']) == {'dense', 'dense, fine-tuned'} and {'command', 'commit', 'hardware'} <= set(said)
+  assert said['rows']['64']['dense, fine-tuned']['0']['cost'] != 0
+  assert not (tmp_path / 'warmup').exists() and not (tmp_path / 'sparse').exists()
+  with pytest.raises(InputError, match='--record is of all arms'):
+    command([*words, '--record'])
+
+
 # ---- what is made of the scores ----------------------------------------------------------------------------------
 
 def scores(**costs) -> dict:
