@@ -134,9 +134,11 @@ def record(contents: Mapping[int, tuple[Mapping, Mapping]]) -> None:
 
 
 def refresh() -> None:
-  """The page from the evidence file."""
+  """The page from the evidence files."""
   said = results.read('lossless')
   results.put(PAGE, 'lossless', block(said))
+  if control := results.read('lossless_control'):
+    results.put(PAGE, 'lossless_control', control_block(control))
   for name, svg in plots(next(iter(said['rows'].values()))).items():
     (PAGE.parent / name).write_text(svg + '\n', encoding='utf-8')
 
@@ -224,10 +226,27 @@ def block(said: Mapping[str, Any]) -> str:
           'intervals over rows. n: questions.'] if any(said['answers'].values()) else []), '',
       '![cost by k](lossless_cost.svg)', '', *recall_table(first), '', '![mass by layer](lossless_layers.svg)', '',
       f'Plots and the table above them are of rows of {made["tokens"]} tokens, and so is what follows.', '',
-      f'`{said["command"]}` on {said["hardware"]}; jax {said["versions"]["jax"]}, commit {said["commit"][:10]}. '
+      f'{made_by(said)} '
       f'Indexer {made["indexer"]["heads"]} heads of {made["indexer"]["head_dim"]}. Text: {made["text"]}.', '',
       f'{said["claim"][0].upper()}{said["claim"][1:]}: {said["verdict"]}'
       + (f' ({said["why"]}).' if said['why'] else '.')])
+
+
+def control_block(said: Mapping[str, Any]) -> str:
+  """What the page says of the control where it was measured by itself: `keye retrofit --arm dense --arm 'dense,
+  fine-tuned' --json`."""
+  lines = []
+  for n, rows in said['rows'].items():
+    x, asked = rows[CONTROL]['0'], [said['answers'][n][arm]['0'] for arm in ('dense', CONTROL)]
+    lines += [f'{x["n"]} rows of {n} tokens, {x["step"]} steps: perplexity {rows["dense"]["0"]["perplexity"]:.3f} of '
+              f'dense and {x["perplexity"]:.3f} of {CONTROL}, {cell(x, absolute=False)}; of {asked[0]["n"]} answers '
+              f'{asked[0]["exact"]:.0%} and {asked[1]["exact"]:.0%} right.', '']
+  return '\n'.join([*lines, made_by(said)])
+
+
+def made_by(said: Mapping[str, Any]) -> str:
+  return (f'`{said["command"]}` on {said["hardware"]}; jax {said["versions"]["jax"]}, '
+          f'commit {said["commit"][:10]}.')
 
 
 def plots(found: Summary, k: str = '256') -> dict[str, str]:
