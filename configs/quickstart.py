@@ -70,7 +70,7 @@ def stage(name: str, runs: str = RUNS, seed: int = 0) -> RunConfig:
       return run(data=dict(path=f'{runs}/data/text.jsonl', tokens=176, vision_rows=0, vision_patches=0), steps=440,
                  freeze=('vision', 'projector'))
     case 'images':
-      return run('text', data=dict(path=f'{runs}/data/images.jsonl'), optimizer=dict(final_fraction=0.3), steps=200,
+      return run('text', data=dict(path=f'{runs}/data/images.jsonl'), optimizer=dict(final_fraction=0.3), steps=320,
                  freeze=('', '!projector', '!vision'))
     case 'video':
       return run('images', steps=320)
