@@ -209,9 +209,7 @@ def record(found: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
   why = '' if least >= AIM else f'{least:.1%} faster, less than {AIM:.0%}'
   flat = lambda arm: {f'{name}, {kind}': value for kind, values in found['seconds'][arm].items()
                       for name, value in (values | {'gain': gain[arm][kind]}).items()}
-  return {'claim': CLAIM, 'command': results.command(sys.argv[1:]), 'commit': results.commit(),
-          'hardware': results.hardware(), 'versions': results.versions(), 'n': args.batches,
-          'baselines': {'none': flat('none')},
+  return {'claim': CLAIM, **results.made(), 'n': args.batches, 'baselines': {'none': flat('none')},
           'arms': {arm: {str(args.seed): flat(arm)} for arm in ARMS if arm != 'none'},
           'intervals': {}, 'verdict': 'not shown' if why else 'shown', 'why': why, 'simulated': found, 'gains': gain}
 

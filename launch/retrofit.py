@@ -84,6 +84,8 @@ def run(args: argparse.Namespace, config_args: Sequence[str]) -> int:
     raise InputError('keye retrofit: --record is of all arms; without it, --json prints those of --arm')
   until = (SOURCE, *STAGES)[:(SOURCE, *STAGES).index(args.until) + 1]
   arms = [arm for arm in ARMS if arm.stage in until and arm.name in (args.arm or [arm.name])]
+  if not arms:
+    raise InputError(f'keye retrofit: --until {args.until} comes before {" and ".join(args.arm)}')
   runtime.start('retrofit')
   results.commit()             # the commit that ran, whatever is checked out when an arm finishes
   out, first = pathlib.Path(args.out), stages[STAGES[0]]

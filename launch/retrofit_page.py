@@ -226,8 +226,8 @@ def block(said: Mapping[str, Any]) -> str:
           'intervals over rows. n: questions.'] if any(said['answers'].values()) else []), '',
       '![cost by k](lossless_cost.svg)', '', *recall_table(first), '', '![mass by layer](lossless_layers.svg)', '',
       f'Plots and the table above them are of rows of {made["tokens"]} tokens, and so is what follows.', '',
-      f'{made_by(said)} '
-      f'Indexer {made["indexer"]["heads"]} heads of {made["indexer"]["head_dim"]}. Text: {made["text"]}.', '',
+      f'{made_by(said)} Indexer {made["indexer"]["heads"]} heads of {made["indexer"]["head_dim"]}. '
+      f'Text: {made["text"]}.', '',
       f'{said["claim"][0].upper()}{said["claim"][1:]}: {said["verdict"]}'
       + (f' ({said["why"]}).' if said['why'] else '.')])
 
@@ -245,8 +245,7 @@ def control_block(said: Mapping[str, Any]) -> str:
 
 
 def made_by(said: Mapping[str, Any]) -> str:
-  return (f'`{said["command"]}` on {said["hardware"]}; jax {said["versions"]["jax"]}, '
-          f'commit {said["commit"][:10]}.')
+  return f'`{said["command"]}` on {said["hardware"]}; jax {said["versions"]["jax"]}, commit {said["commit"][:10]}.'
 
 
 def plots(found: Summary, k: str = '256') -> dict[str, str]:

@@ -125,6 +125,8 @@ def test_the_control_needs_no_other_stage(made, capsys, tmp_path):
   assert not (tmp_path / 'warmup').exists() and not (tmp_path / 'sparse').exists()
   with pytest.raises(InputError, match='--record is of all arms'):
     command([*words, '--record'])
+  with pytest.raises(InputError, match='--until source comes before after warm-up'):
+    command([*words[:-4], '--arm', 'after warm-up', '--until', 'source'])
 
 
 # ---- what is made of the scores ----------------------------------------------------------------------------------
