@@ -23,7 +23,6 @@ import functools
 import json
 import math
 import pathlib
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
