@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -75,7 +76,7 @@ def shown(page: pathlib.Path, name: str) -> str:
 def command(arguments: Sequence[str]) -> str:
   """What to type, without the folders of this machine: of an absolute path its last name stays."""
   short = lambda word: pathlib.PurePath(word).name if pathlib.PurePath(word).is_absolute() else word
-  return ' '.join(['keye', *('='.join(map(short, word.split('='))) for word in arguments)])
+  return shlex.join(['keye', *('='.join(map(short, word.split('='))) for word in arguments)])
 
 
 @functools.cache

@@ -80,6 +80,11 @@ def test_lossless_page_shows_what_was_recorded():
     assert (retrofit_page.PAGE.parent / name).read_text() == svg + '\n'
 
 
+def test_lossless_page_shows_the_control_that_was_measured_by_itself():
+  said = results.read('lossless_control')
+  assert results.shown(retrofit_page.PAGE, 'lossless_control') == retrofit_page.control_block(said)
+
+
 def test_ladder_page_shows_what_was_recorded():
   assert results.shown(ladder_page.PAGE, 'ladder') == ladder_page.block(results.read('ladder'))
 

@@ -72,6 +72,7 @@ def test_recorded_command_names_no_folder_of_this_machine():
   said = results.command(['train', '--out', '/home/me/run', '--config.data.path=/data/a.jsonl', '--config',
                           'configs/a.py'])
   assert said == 'keye train --out run --config.data.path=a.jsonl --config configs/a.py'
+  assert results.command(['bench', 'model', '--task', 'train 2048']) == "keye bench model --task 'train 2048'"
 
 
 @pytest.mark.parametrize('name', recipe.STAGES)
